@@ -1,0 +1,1 @@
+"""One file is one question: `get_config(arg)` returns a ConfigDict with every field explicit."""

@@ -1,0 +1,76 @@
+"""All fields with their defaults. Experiments start from this and change what their question needs.
+
+The defaults describe a small model on the embedded scene world. Where the paper (arXiv 2512.23512) is silent the value
+is our choice; the reason stands beside it.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The default experiment. Takes no argument."""
+    if arg:
+        raise ValueError(f"experiments/base.py takes no argument, got {arg!r}")
+    return ConfigDict({
+        "objective": "semantic_input",
+        "seed": 0,
+        "model": {
+            "encoder": {
+                "num_layers": 3, "dim": 96, "num_heads": 4, "mlp_dim": 384,
+                "patch_size": 8,
+                "position_grid": 6,
+                "attention": "bidirectional",
+                "remat": "none",
+            },
+            "projector": {"hidden_dim": 256, "output_rms": 0.0},
+            "decoder": {
+                "num_layers": 3, "dim": 128, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "mlp_dim": 384,
+                "vocab_size": 512,
+                "rope_theta": 10000.0, "norm_eps": 1e-6,
+                "qk_norm": True, "qkv_bias": False, "tied_embeddings": True,
+                "max_grid": 64,
+                "remat": "none",
+            },
+            "semantic_head": {"hidden_dim": 256},
+            "compute_dtype": "float32",
+        },
+        "loss": {
+            "visual_weight": 1.0, "visual_weight_start": 0.015, "visual_ramp_steps": 200,
+            "visual_loss": "cosine",
+            "target_norm": "none",
+            "target": "ema",  # plain stop-gradient with a trainable encoder collapses within the image
+            "ema_decay": 0.99,
+            "cut_input_gradient": False,
+            "visual_loss_on": "generated",  # teacher-forced loss on images read first is optimistic (the leak)
+            "text_chunk": 1024,
+        },
+        "optimizer": {
+            "learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 200, "final_lr_ratio": 0.05,
+            "decay_fraction": 0.2,
+            "beta1": 0.9, "beta2": 0.98, "eps": 1e-8, "weight_decay": 0.05, "clip_norm": 1.0,
+            "encoder_lr": 1.0, "projector_lr": 1.0, "decoder_lr": 1.0, "semantic_head_lr": 1.0,
+            "frozen": (),
+        },
+        "init_from": {"workdir": "", "step": -1, "components": ()},
+        "data": {
+            "sources": {},
+            "seed": 0,
+            "tokenizer": "",
+            "row_tokens": 128, "row_patches": 72,
+            "image_min_patches": 36, "image_max_patches": 36,
+            "num_data_shards": 8,
+            "window_size": 2048,
+            "num_threads": 2, "prefetch_batches": 4,
+            "max_failed_share": 0.001,
+        },
+        "train": {
+            "num_steps": 1000, "global_batch_rows": 16, "accumulation_steps": 1,
+            "log_every_steps": 10, "eval_every_steps": 500,
+            "num_replicates": 1,
+            "max_consecutive_skips": 10,
+        },
+        "checkpoint": {"every_steps": 200, "keep_last": 3, "keep_every_steps": 0},
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
+        "eval": {"benchmarks": {}, "batch_rows": 16, "validation_rows": 64},
+        "diagnostics": {"within_spread_warn": 0.20, "within_spread_alarm": 0.10, "copy_distance_alarm": 0.10},
+    })

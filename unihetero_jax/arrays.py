@@ -1,0 +1,145 @@
+"""Containers that cross room boundaries, the shape alphabet, and the explicit shape checker.
+
+Shape alphabet (used by every annotation of this project):
+
+    B  packed rows of a batch          T  token positions of a row
+    P  image patches of a row          U  visual tokens of a row, U = P / 4
+    D  language-model width            E  vision-encoder width
+    V  vocabulary                      F  values of one patch, patch_size^2 * 3
+    N  image tokens of one image       K  key positions of an attention (cache slots)
+    H  attention heads                 G  key/value heads
+    L  layers                          S  token positions of a decode call
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from beartype import beartype
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt8, jaxtyped
+
+typechecked = jaxtyped(typechecker=beartype)
+"""Checks shapes and dtypes of a function's arguments and result.
+
+Applied explicitly: jaxtyping's import hook would also rewrite our dataclasses, which breaks `jax.tree.map` over them.
+"""
+
+
+def pytree_dataclass(cls):
+    """A frozen dataclass whose fields are all pytree children."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@pytree_dataclass
+class Batch:
+    """`B` packed rows. Masks of losses are aligned to the *target*: position t is predicted from position t - 1.
+
+    One row holding `caption <boi> v0 v1 v2 v3 <eoi> <eos>` and, as a second sample, an image with two independent turns:
+
+        tokens           the  cat  boi   .    .    .    .   eoi  eos | boi   .    .    .    .   eoi  q1   a1   q2   a2
+        segment_ids       1    1    1    1    1    1    1    1    1  |  2    2    2    2    2    2    2    2    2    2
+        branch_ids        0    0    0    0    0    0    0    0    0  |  0    0    0    0    0    0    1    1    2    2
+        positions         0    1    2    3    4    5    6    7    8  |  0    1    2    3    4    5    6    7    6    7
+        visual_mask       .    .    .    x    x    x    x    .    .  |  .    x    x    x    x    .    .    .    .    .
+        visual_index      .    .    .    0    1    2    3    .    .  |  .    4    5    6    7    .    .    .    .    .
+        visual_loss_mask  .    .    .    x    x    x    x    .    .  |  .    .    .    .    .    .    .    .    .    .
+        text_loss_mask    .    x    x    .    .    .    .    x    x  |  .    .    .    .    .    x    .    x    .    x
+
+    Attributes:
+        tokens: token ids; at visual positions and padding the pad id.
+        positions: rotary positions; those of a branch restart after the shared prefix.
+        segment_ids: 0 is padding, samples count from 1.
+        branch_ids: 0 is the prefix all turns of a sample share; turn k attends to the prefix and itself.
+        source_ids: index of the data source a position came from.
+        text_loss_mask: the token here is a supervised target.
+        visual_mask: the input here is a visual embedding.
+        visual_index: which merged token of the row feeds this position; 0 where `visual_mask` is false.
+        visual_loss_mask: the visual embedding here is a target of the visual loss.
+        boi_grid: at `<boi>` the (height, width) of the image in merged tokens, 0 elsewhere.
+        patches: raw pixel values, block-major: the four patches of a 2x2 block are adjacent, blocks in raster order.
+        patch_segment_ids: 0 is padding, images of a row count from 1.
+        patch_coords: (y, x) of a patch in its image, in patches.
+        patch_grid: (height, width) of the image a patch belongs to, in patches.
+        row_hash: 64 bits over the identities of a row's samples and their contents.
+    """
+
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    branch_ids: Int[Array, "B T"]
+    source_ids: Int[Array, "B T"]
+    text_loss_mask: Bool[Array, "B T"]
+    visual_mask: Bool[Array, "B T"]
+    visual_index: Int[Array, "B T"]
+    visual_loss_mask: Bool[Array, "B T"]
+    boi_grid: Int[Array, "B T 2"]
+    patches: UInt8[Array, "B P F"]
+    patch_segment_ids: Int[Array, "B P"]
+    patch_coords: Int[Array, "B P 2"]
+    patch_grid: Int[Array, "B P 2"]
+    row_hash: UInt[Array, "B 2"]
+
+
+@pytree_dataclass
+class VisionOutput:
+    """What the vision path makes of a batch's patches.
+
+    Attributes:
+        merged: encoder output with the four patches of a block concatenated (the encoder-side target space).
+        visual_embeddings: `z`, the language model's own input embedding of each visual token.
+    """
+
+    merged: Float[Array, "B U 4*E"]
+    visual_embeddings: Float[Array, "B U D"]
+
+
+@pytree_dataclass
+class ModelOutput:
+    """What the losses see.
+
+    Attributes:
+        hidden: final normalised hidden states.
+        input_embeddings: `X`, token embeddings with visual embeddings put in place.
+        vision: the online vision path's output.
+        predicted_embeddings: semantic head's prediction *of the next position* from each position, or None when
+            the objective has no visual target.
+        unembedding: matrix that turns hidden states into logits.
+    """
+
+    hidden: Float[Array, "B T D"]
+    input_embeddings: Float[Array, "B T D"]
+    vision: VisionOutput
+    predicted_embeddings: Any
+    unembedding: Float[Array, "V D"]
+
+
+@pytree_dataclass
+class Cache:
+    """Keys and values of what has been read so far.
+
+    Attributes:
+        keys, values: one slot per position.
+        length: slots in use; the same for every row (shorter rows are padded on the left).
+        start: first slot in use of each row (left padding before it is never attended to).
+    """
+
+    keys: Float[Array, "L B K G H"]
+    values: Float[Array, "L B K G H"]
+    length: Int[Array, ""]
+    start: Int[Array, "B"]
+
+
+@pytree_dataclass
+class LossOutput:
+    """Sums and counts, never means: they add up over microbatches, devices and steps, and are divided once.
+
+    Attributes:
+        loss: scalar to differentiate; already divided by the *global* counts.
+        sums, counts: per named term. `sums[k] / counts[k]` is the mean that is logged.
+    """
+
+    loss: Float[Array, ""]
+    sums: dict[str, Any]
+    counts: dict[str, Any]

@@ -1,0 +1,506 @@
+"""The configuration: nested frozen dataclasses, built once from an experiment's ConfigDict and checked as a whole.
+
+Defaults live in `experiments/base.py`, every field explicit; the classes here have none, so that no value can come from
+two places. Past `from_config_dict` no ConfigDict is seen and nothing is read by name with a fallback.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Objective = Literal["understanding", "semantic_input", "semantic_encoder"]
+Component = Literal["encoder", "projector", "decoder", "semantic_head"]
+Remat = Literal["none", "dots", "full"]
+COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
+MERGED_PATCHES = 4
+"""Patches per visual token (2x2 merge)."""
+
+
+class ConfigError(ValueError):
+    """One or more fields are wrong. `faults` lists all of them."""
+
+    def __init__(self, faults: list[str]):
+        super().__init__("invalid config:\n" + "\n".join(f"  - {fault}" for fault in faults))
+        self.faults = faults
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Visual Encoder: a SigLIP-2-NaFlex-style ViT. `position_grid` is the side of the learned position table."""
+
+    num_layers: int
+    dim: int
+    num_heads: int
+    mlp_dim: int
+    patch_size: int
+    position_grid: int
+    attention: Literal["bidirectional", "causal"]
+    remat: Remat
+
+
+@dataclasses.dataclass(frozen=True)
+class ProjectorConfig:
+    """Semantic Encoder: 2x2 merge, a two-layer MLP, and an RMS norm whose gain starts at `output_rms` (0: the RMS of the token embeddings at initialisation)."""
+
+    hidden_dim: int
+    output_rms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shared Decoder: a causal transformer. Fields cover Qwen2, Qwen3 and Llama. `max_grid` bounds an image's side in visual tokens."""
+
+    num_layers: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    vocab_size: int
+    rope_theta: float
+    norm_eps: float
+    qk_norm: bool
+    qkv_bias: bool
+    tied_embeddings: bool
+    max_grid: int
+    remat: Remat
+
+
+@dataclasses.dataclass(frozen=True)
+class SemanticHeadConfig:
+    """Generation Head: an MLP of one hidden layer from a hidden state to the next embedding."""
+
+    hidden_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. `compute_dtype` is that of activations; parameters and losses are always float32."""
+
+    encoder: EncoderConfig
+    projector: ProjectorConfig
+    decoder: DecoderConfig
+    semantic_head: SemanticHeadConfig
+    compute_dtype: Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """How the objective's terms are computed and weighted.
+
+    Attributes:
+        visual_weight: lambda after the ramp.
+        visual_weight_start: lambda at step 0 (arXiv 2608.12209 ramps 0.015 to 1.0).
+        visual_ramp_steps: length of the linear ramp.
+        visual_loss: distance between predicted and target embedding.
+        target_norm: normalisation of the target (and prediction) before the distance.
+        target: `ema` takes targets from a moving average of encoder and projector; `stop_gradient` from the online ones.
+        ema_decay: decay of that average; fit it to the run's length (.99 for a thousand steps, .999 for long runs).
+        cut_input_gradient: stops the visual loss's gradient at the visual *inputs* of the language model.
+        visual_loss_on: images that come after text (`generated`), or all.
+        text_chunk: positions per chunk of the text loss; bounds the memory of logits.
+    """
+
+    visual_weight: float
+    visual_weight_start: float
+    visual_ramp_steps: int
+    visual_loss: Literal["cosine", "mse", "smooth_l1"]
+    target_norm: Literal["none", "l2", "layer_norm"]
+    target: Literal["ema", "stop_gradient"]
+    ema_decay: float
+    cut_input_gradient: bool
+    visual_loss_on: Literal["generated", "all"]
+    text_chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a schedule. `frozen` components get no update; `*_lr` multiply the learning rate of a component."""
+
+    learning_rate: float
+    schedule: Literal["cosine", "warmup_stable_decay"]
+    warmup_steps: int
+    final_lr_ratio: float
+    decay_fraction: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    encoder_lr: float
+    projector_lr: float
+    decoder_lr: float
+    semantic_head_lr: float
+    frozen: tuple[Component, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class InitFromConfig:
+    """Start `components` from the checkpoint of another run. `workdir` empty: off. `step` -1: its newest step."""
+
+    workdir: str
+    step: int
+    components: tuple[Component, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One member of the mixture: a prepared folder, its weight (share of drawn samples), and its augmentation."""
+
+    path: str
+    weight: float
+    augment: Literal["none", "mirror_shift", "nlvr"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The training stream; a pure function of these fields.
+
+    Attributes:
+        sources: by name; random order is seeded by the name, so adding one moves no other.
+        seed: of the data order, apart from the model's `seed`.
+        tokenizer: folder with a `tokenizer.json`.
+        row_tokens: token positions T of a row.
+        row_patches: image patches P of a row.
+        image_min_patches, image_max_patches: bounds of an image's patches.
+        num_data_shards: virtual shards S; a constant of the experiment, independent of hosts and devices.
+        window_size: draws that are planned together.
+        num_threads: threads that read and decode rows (no part of the stream).
+        prefetch_batches: batches prepared ahead (no part of the stream).
+        max_failed_share: share of samples that may fail to read or decode before the run stops.
+    """
+
+    sources: Mapping[str, SourceConfig]
+    seed: int
+    tokenizer: str
+    row_tokens: int
+    row_patches: int
+    image_min_patches: int
+    image_max_patches: int
+    num_data_shards: int
+    window_size: int
+    num_threads: int
+    prefetch_batches: int
+    max_failed_share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Intervals longer than the run mean at its end; `num_replicates` models with seeds seed, seed+1, ... share one step."""
+
+    num_steps: int
+    global_batch_rows: int
+    accumulation_steps: int
+    log_every_steps: int
+    eval_every_steps: int
+    num_replicates: int
+    max_consecutive_skips: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving and keeping: the newest `keep_last`, and every step divisible by `keep_every_steps` (0: none)."""
+
+    every_steps: int
+    keep_last: int
+    keep_every_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product is the number of devices used."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    context: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Benchmarks that run at the end of training and by default in `evaluate`: by name, the file of questions.
+
+    `batch_rows` rows are scored at once; `validation_rows` bounds the fixed validation plan per source (0: every item).
+    """
+
+    benchmarks: Mapping[str, str]
+    batch_rows: int
+    validation_rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnosticsConfig:
+    """Collapse alarms: within-image spread of z (warn, alarm) and copy-previous distance (alarm)."""
+
+    within_spread_warn: float
+    within_spread_alarm: float
+    copy_distance_alarm: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    objective: Objective
+    seed: int
+    model: ModelConfig
+    loss: LossConfig
+    optimizer: OptimizerConfig
+    init_from: InitFromConfig
+    data: DataConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    mesh: MeshConfig
+    eval: EvalConfig
+    diagnostics: DiagnosticsConfig
+
+
+def from_config_dict(config_dict: Mapping[str, Any]) -> Config:
+    """Builds and validates the configuration.
+
+    Raises:
+        ConfigError: listing every unknown, missing or ill-typed field with its dotted path, or every invalid combination.
+    """
+    faults: list[str] = []
+    config = _build(Config, config_dict, "", faults)
+    if faults:
+        raise ConfigError(faults)
+    faults = validate(config)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON-ready values; `from_config_dict` reads it back."""
+    return json.loads(json.dumps(_plain(config)))
+
+
+def config_hash(config: Config) -> str:
+    """12 hex digits that identify the resolved configuration."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Dotted paths where two plain configurations differ, as `path: old -> new`."""
+    a, b = _flatten(old), _flatten(new)
+    missing = "(absent)"
+    return [
+        f"{key}: {a.get(key, missing)!r} -> {b.get(key, missing)!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, missing) != b.get(key, missing)
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, path + "."))
+        else:
+            flat[path] = value
+    return flat
+
+
+def _build(cls: type, values: Any, path: str, faults: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        faults.append(f"{path or 'config'}: expected a section, got {values!r}")
+        return None
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            hint = f"; did you mean {_join(path, close[0])}?" if close else f"; fields here: {', '.join(hints)}"
+            faults.append(f"{_join(path, key)}: unknown field{hint}")
+    built = {}
+    for name, hint in hints.items():
+        if name not in values:
+            faults.append(f"{_join(path, name)}: missing (defaults are in experiments/base.py)")
+            continue
+        built[name] = _convert(hint, values[name], _join(path, name), faults)
+    return cls(**built) if len(built) == len(hints) else None
+
+
+def _convert(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path, faults)
+    if origin is Literal:
+        return _one_of(arguments, value, path, faults)
+    if origin is tuple:
+        if isinstance(value, str):
+            value = tuple(part for part in value.split(",") if part)
+        if not isinstance(value, list | tuple):
+            faults.append(f"{path}: expected a list, got {value!r}")
+            return ()
+        return tuple(_convert(arguments[0], item, f"{path}[{i}]", faults) for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            faults.append(f"{path}: expected a section of named entries, got {value!r}")
+            return {}
+        entries = {key: _convert(arguments[1], item, _join(path, key), faults) for key, item in value.items()}
+        return types.MappingProxyType(entries)
+    return _scalar(hint, value, path, faults)
+
+
+def _one_of(choices: tuple[Any, ...], value: Any, path: str, faults: list[str]) -> Any:
+    if value not in choices:
+        close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        faults.append(f"{path}: {value!r} is none of {', '.join(map(repr, choices))}{hint}")
+    return value
+
+
+def _scalar(hint: type, value: Any, path: str, faults: list[str]) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        faults.append(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
+    return value
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def validate(config: Config) -> list[str]:
+    """Every rule that a combination of fields breaks, as messages that name the fields and the remedy."""
+    faults = [*_validate_model(config.model), *_validate_data(config), *_validate_run(config)]
+    return [*faults, *_validate_mesh(config)]
+
+
+def _validate_model(model: ModelConfig) -> list[str]:
+    encoder, decoder = model.encoder, model.decoder
+    rules = [
+        (encoder.dim % encoder.num_heads == 0,
+         f"model.encoder.dim {encoder.dim} must be a multiple of model.encoder.num_heads {encoder.num_heads}"),
+        (decoder.num_heads % max(decoder.num_kv_heads, 1) == 0,
+         f"model.decoder.num_heads {decoder.num_heads} must be a multiple of num_kv_heads {decoder.num_kv_heads}"),
+        (decoder.head_dim % 2 == 0, f"model.decoder.head_dim {decoder.head_dim} must be even (rotary pairs)"),
+    ]
+    positive = {
+        "model.encoder": (encoder, ("num_layers", "dim", "num_heads", "mlp_dim", "patch_size", "position_grid")),
+        "model.projector": (model.projector, ("hidden_dim",)),
+        "model.semantic_head": (model.semantic_head, ("hidden_dim",)),
+        "model.decoder": (decoder, ("num_layers", "dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
+                                    "vocab_size", "max_grid", "rope_theta", "norm_eps")),
+    }
+    return _broken(rules) + _not_positive(positive)
+
+
+def _validate_data(config: Config) -> list[str]:
+    data = config.data
+    rules = [
+        (bool(data.sources), "data.sources: name at least one source"),
+        (data.row_patches % MERGED_PATCHES == 0, f"data.row_patches {data.row_patches} must be a multiple of {MERGED_PATCHES}"),
+        (MERGED_PATCHES <= data.image_max_patches <= data.row_patches,
+         f"data.image_max_patches {data.image_max_patches} must lie between {MERGED_PATCHES} and data.row_patches {data.row_patches}"),
+        (1 <= data.image_min_patches <= data.image_max_patches,
+         f"data.image_min_patches {data.image_min_patches} must lie between 1 and data.image_max_patches {data.image_max_patches}"),
+        (data.image_max_patches // MERGED_PATCHES + 3 <= data.row_tokens,
+         f"data.row_tokens {data.row_tokens} must hold the largest image: data.image_max_patches / 4 + 3 markers"),
+        (0 <= data.max_failed_share <= 1, f"data.max_failed_share {data.max_failed_share} must lie in [0, 1]"),
+    ]
+    for name, source in data.sources.items():
+        rules.append((source.weight > 0, f"data.sources.{name}.weight {source.weight} must be positive; to leave the source out, remove it from the config"))
+    positive = {"data": (data, ("row_tokens", "row_patches", "num_data_shards", "window_size", "num_threads", "prefetch_batches"))}
+    batch, shards = config.train.global_batch_rows, data.num_data_shards
+    if batch > 0 and shards > 0:
+        rules.append((batch % shards == 0 or shards % batch == 0,
+                      f"train.global_batch_rows {batch} and data.num_data_shards {shards}: one must divide the other"))
+    return _broken(rules) + _not_positive(positive)
+
+
+def _validate_run(config: Config) -> list[str]:
+    train, optimizer, loss, init_from = config.train, config.optimizer, config.loss, config.init_from
+    rules = [
+        (train.accumulation_steps < 1 or train.global_batch_rows % train.accumulation_steps == 0,
+         f"train.global_batch_rows {train.global_batch_rows} must be a multiple of train.accumulation_steps {train.accumulation_steps}"),
+        (0 <= optimizer.beta1 < 1 and 0 <= optimizer.beta2 < 1, "optimizer.beta1 and beta2 must lie in [0, 1)"),
+        (0 <= optimizer.final_lr_ratio <= 1, f"optimizer.final_lr_ratio {optimizer.final_lr_ratio} must lie in [0, 1]"),
+        (0 < optimizer.decay_fraction <= 1, f"optimizer.decay_fraction {optimizer.decay_fraction} must lie in (0, 1]"),
+        (optimizer.warmup_steps >= 0, f"optimizer.warmup_steps {optimizer.warmup_steps} must not be negative"),
+        (optimizer.weight_decay >= 0, f"optimizer.weight_decay {optimizer.weight_decay} must not be negative"),
+        (0 <= loss.ema_decay < 1, f"loss.ema_decay {loss.ema_decay} must lie in [0, 1)"),
+        (loss.visual_weight >= 0 and loss.visual_weight_start >= 0, "loss.visual_weight and visual_weight_start must not be negative"),
+        (loss.visual_ramp_steps >= 0, f"loss.visual_ramp_steps {loss.visual_ramp_steps} must not be negative"),
+        (not (loss.visual_loss == "cosine" and loss.target_norm == "l2"),
+         "loss.visual_loss=cosine normalises already; set loss.target_norm to none or layer_norm"),
+        (bool(init_from.workdir) or not init_from.components, "init_from.components is set but init_from.workdir is empty"),
+        (bool(init_from.components) or not init_from.workdir, "init_from.workdir is set but init_from.components is empty"),
+        (config.objective != "understanding" or "semantic_head" not in init_from.components,
+         "init_from.components names semantic_head, which objective=understanding does not have"),
+        (set(COMPONENTS) - set(optimizer.frozen) - ({"semantic_head"} if config.objective == "understanding" else set()) != set(),
+         "optimizer.frozen freezes every component: nothing would train"),
+        (train.num_replicates == 1 or config.mesh.fsdp == config.mesh.tensor == 1,
+         "train.num_replicates > 1 shards replicates over mesh.data: set mesh.fsdp and mesh.tensor to 1"),
+        (train.num_replicates < 1 or config.mesh.data < 1 or train.num_replicates == 1 or train.num_replicates % config.mesh.data == 0,
+         f"train.num_replicates {train.num_replicates} must be a multiple of mesh.data {config.mesh.data}"),
+        (config.checkpoint.keep_every_steps >= 0, "checkpoint.keep_every_steps must not be negative (0: off)"),
+        (config.eval.validation_rows >= 0, "eval.validation_rows must not be negative (0: every item)"),
+    ]
+    positive = {
+        "train": (train, ("num_steps", "global_batch_rows", "accumulation_steps", "log_every_steps", "eval_every_steps",
+                          "num_replicates", "max_consecutive_skips")),
+        "optimizer": (optimizer, ("learning_rate", "clip_norm", "eps")),
+        "checkpoint": (config.checkpoint, ("every_steps", "keep_last")),
+        "eval": (config.eval, ("batch_rows",)),
+        "loss": (loss, ("text_chunk",)),
+        "mesh": (config.mesh, ("data", "fsdp", "tensor", "context")),
+    }
+    return _broken(rules) + _not_positive(positive)
+
+
+def _validate_mesh(config: Config) -> list[str]:
+    mesh, model, train = config.mesh, config.model, config.train
+    if min(mesh.data, mesh.fsdp, mesh.tensor, mesh.context, train.accumulation_steps) < 1:
+        return []  # already reported
+    row_shards = mesh.data * mesh.fsdp
+    microbatch = train.global_batch_rows // train.accumulation_steps
+    rules = [
+        (mesh.context == 1, f"mesh.context {mesh.context}: only 1 is supported in this version"),
+        (train.num_replicates > 1 or microbatch % row_shards == 0,
+         f"rows per microbatch {microbatch} must be a multiple of mesh.data x mesh.fsdp = {row_shards}"),
+        (model.decoder.num_kv_heads % mesh.tensor == 0,
+         f"model.decoder.num_kv_heads {model.decoder.num_kv_heads} must be a multiple of mesh.tensor {mesh.tensor}"),
+        (model.encoder.num_heads % mesh.tensor == 0,
+         f"model.encoder.num_heads {model.encoder.num_heads} must be a multiple of mesh.tensor {mesh.tensor}"),
+        (model.decoder.vocab_size % mesh.tensor == 0,
+         f"model.decoder.vocab_size {model.decoder.vocab_size} must be a multiple of mesh.tensor {mesh.tensor}"),
+        (model.decoder.dim % mesh.fsdp == 0, f"model.decoder.dim {model.decoder.dim} must be a multiple of mesh.fsdp {mesh.fsdp}"),
+        (model.encoder.dim % mesh.fsdp == 0, f"model.encoder.dim {model.encoder.dim} must be a multiple of mesh.fsdp {mesh.fsdp}"),
+        (config.eval.batch_rows % row_shards == 0,
+         f"eval.batch_rows {config.eval.batch_rows} must be a multiple of mesh.data x mesh.fsdp = {row_shards}"),
+    ]
+    for name, width in (("encoder.mlp_dim", model.encoder.mlp_dim), ("decoder.mlp_dim", model.decoder.mlp_dim),
+                        ("projector.hidden_dim", model.projector.hidden_dim), ("semantic_head.hidden_dim", model.semantic_head.hidden_dim)):
+        rules.append((width % mesh.tensor == 0, f"model.{name} {width} must be a multiple of mesh.tensor {mesh.tensor}"))
+    return _broken(rules)
+
+
+def _broken(rules: list[tuple[bool, str]]) -> list[str]:
+    return [message for holds, message in rules if not holds]
+
+
+def _not_positive(sections: Mapping[str, tuple[Any, tuple[str, ...]]]) -> list[str]:
+    return [
+        f"{path}.{name} {getattr(section, name)} must be positive"
+        for path, (section, names) in sections.items()
+        for name in names
+        if getattr(section, name) <= 0
+    ]

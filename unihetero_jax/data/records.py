@@ -1,0 +1,246 @@
+"""The stored sample: what a record is, how it is serialised, how its image bytes decode, and what it costs in a row.
+
+Everything that a preparation on a cluster and a loader on a training host must agree on is here, and nothing else.
+"""
+
+import dataclasses
+import hashlib
+import io
+import math
+import warnings
+from typing import Literal
+
+import msgpack
+import numpy as np
+from PIL import Image, ImageOps
+
+RECORD_VERSION = 1
+MERGE_SIZE = 2
+"""A visual token stands for a block of 2x2 patches (the Semantic Encoder's merge)."""
+MAX_IMAGE_PIXELS = 64_000_000
+"""Larger images are refused from the header alone, before any pixel is decoded (our choice: 8,000 x 8,000)."""
+MAX_TEXT_CHARS = 1_000_000
+"""Longer text in one segment is refused (our choice: tokenization stays bounded in time and memory)."""
+
+INDEX_DTYPE = np.dtype([("num_tokens", "<u4"), ("num_patches", "<u2"), ("num_images", "u1"), ("flags", "u1")])
+"""One fixed 8-byte row per record: row positions (text, visual tokens and markers), image patches, images, flags."""
+FLAG_GENERATED_IMAGE = 1
+"""At least one image of the record comes after text, so a visual loss on generated images applies to it."""
+FLAG_TOO_LONG = 2
+"""`num_tokens` or `num_patches` did not fit its field; the planner counts and drops such a record."""
+
+
+class RecordError(ValueError):
+    """A sample cannot be stored or read. `reason` is a short stable key that counters use."""
+
+    def __init__(self, reason: str, detail: str = ""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSegment:
+    """A run of text. Branch 0 is the prefix shared by all turns; branch k >= 1 is the k-th independent turn."""
+
+    text: str
+    loss: bool = False
+    branch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSegment:
+    """An image as its original bytes, with the size that its header states after EXIF rotation. Always in branch 0."""
+
+    data: bytes
+    height: int
+    width: int
+
+
+Segment = TextSegment | ImageSegment
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One stored sample.
+
+    Attributes:
+        source: name of the set it came from.
+        kind: caption, image (text to image), vqa, text or interleaved; for counting, not for behaviour.
+        segments: in reading order; branch 0 first, then branches 1, 2, ... contiguously.
+        meta: small strings and numbers worth keeping (id, path, licence).
+    """
+
+    source: str
+    kind: str
+    segments: tuple[Segment, ...]
+    meta: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        branches = [s.branch for s in self.segments if isinstance(s, TextSegment)]
+        if branches != sorted(branches):
+            raise RecordError("branch_order", f"segments must be ordered by branch, got {branches}")
+        images_after_branch = [
+            i for i, s in enumerate(self.segments)
+            if isinstance(s, ImageSegment) and any(isinstance(p, TextSegment) and p.branch for p in self.segments[:i])
+        ]
+        if images_after_branch:
+            raise RecordError("image_in_branch", f"segments {images_after_branch}: images belong to the shared prefix")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """How images become patches. Part of the index's identity: another spec needs another index.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        min_patches, max_patches: bounds on patches per image; images are scaled (keeping aspect ratio) to lie within.
+    """
+
+    patch_size: int
+    min_patches: int
+    max_patches: int
+
+
+def serialize(record: Record) -> bytes:
+    """Encodes a record as msgpack (versioned; never pickle)."""
+    segments = [
+        {"t": s.text, "l": s.loss, "b": s.branch} if isinstance(s, TextSegment)
+        else {"i": s.data, "h": s.height, "w": s.width}
+        for s in record.segments
+    ]
+    body = {"v": RECORD_VERSION, "source": record.source, "kind": record.kind, "segments": segments, "meta": record.meta}
+    return msgpack.packb(body, use_bin_type=True)
+
+
+def deserialize(data: bytes) -> Record:
+    """Decodes a record.
+
+    Raises:
+        RecordError: `not_a_record` if the bytes are not ours, `record_version` if written by a newer version.
+    """
+    try:
+        body = msgpack.unpackb(data, raw=False)
+        version = body["v"]
+    except (ValueError, TypeError, KeyError, msgpack.UnpackException) as error:
+        raise RecordError("not_a_record", str(error)) from error
+    if version != RECORD_VERSION:
+        raise RecordError("record_version", f"record has version {version}, this program reads {RECORD_VERSION}")
+    segments = tuple(
+        ImageSegment(s["i"], s["h"], s["w"]) if "i" in s else TextSegment(s["t"], s["l"], s["b"])
+        for s in body["segments"]
+    )
+    return Record(body["source"], body["kind"], segments, body["meta"])
+
+
+def content_hash(data: bytes) -> int:
+    """64-bit identity of serialised bytes; decides splits and row hashes. The same on every machine."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def probe_image(data: bytes) -> tuple[int, int]:
+    """Reads (height, width) from the header, as the image will stand after EXIF rotation. Decodes no pixel.
+
+    Raises:
+        RecordError: `empty_image`, `not_an_image`, or `image_too_large`.
+    """
+    with _open_image(data) as image:
+        return _oriented_size(image)
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decodes image bytes to `uint8[height, width, 3]`.
+
+    The result is defined for every mode: EXIF rotation is applied; the first frame of an animation is taken; alpha and
+    palette transparency are composed on white; 16-bit is scaled to 8-bit; CMYK and greyscale are converted.
+
+    Raises:
+        RecordError: `empty_image`, `not_an_image`, `image_too_large`, or `truncated_image` (never a half-grey image).
+    """
+    with _open_image(data) as image:
+        _oriented_size(image)
+        try:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise RecordError("truncated_image", str(error)) from error
+        return np.asarray(_to_rgb(image))
+
+
+def _open_image(data: bytes) -> Image.Image:
+    if not data:
+        raise RecordError("empty_image", "0 bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit below is stricter
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise RecordError("image_too_large", str(error)) from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RecordError("not_an_image", f"{error} (first bytes {data[:8]!r})") from error
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        size = f"{image.width} x {image.height} pixels, limit {MAX_IMAGE_PIXELS}"
+        image.close()
+        raise RecordError("image_too_large", size)
+    return image
+
+
+def _oriented_size(image: Image.Image) -> tuple[int, int]:
+    try:
+        rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise RecordError("truncated_image", str(error)) from error
+    return (image.width, image.height) if rotated else (image.height, image.width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image, np.float64)
+        scale = 65535.0 if image.mode != "F" else max(values.max(), 1e-9)
+        image = Image.fromarray(np.clip(values / scale * 255 + 0.5, 0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+def image_grid(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
+    """The (height, width) in patches that an image is resized to: whole 2x2 blocks within the spec's bounds.
+
+    Keeps the aspect ratio as far as whole blocks allow (SigLIP 2 NaFlex, arXiv 2502.14786). At least one block a side.
+    """
+    block = MERGE_SIZE * spec.patch_size
+    max_blocks = spec.max_patches // MERGE_SIZE**2
+    min_blocks = spec.min_patches / MERGE_SIZE**2
+    blocks_h, blocks_w = height / block, width / block
+    area = blocks_h * blocks_w
+    scale = math.sqrt(min(max(area, min_blocks), max_blocks) / area)
+    grid_h = min(max(1, round(blocks_h * scale)), max_blocks)
+    grid_w = min(max(1, round(blocks_w * scale)), max_blocks)
+    while grid_h * grid_w > max_blocks:  # rounding went over: shrink the side whose aspect error grows least
+        shrink_h = grid_w == 1 or (grid_h > 1 and grid_h / blocks_h >= grid_w / blocks_w)
+        grid_h, grid_w = (grid_h - 1, grid_w) if shrink_h else (grid_h, grid_w - 1)
+    return grid_h * MERGE_SIZE, grid_w * MERGE_SIZE
+
+
+def index_key(tokenizer_hash: str, spec: ImageSpec) -> str:
+    """Names the index of lengths for a tokenizer and an image spec: lengths are valid for exactly this pair."""
+    text = f"{RECORD_VERSION}|{tokenizer_hash}|{spec.patch_size}|{spec.min_patches}|{spec.max_patches}"
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def format_prompt(question: str) -> str:
+    """The one prompt template: the question itself. Training data, benchmarks and `generate` all use it."""
+    return question.strip()
+
+
+def format_answer(answer: str) -> str:
+    """The answer as it follows a prompt; the leading space keeps byte-level BPE tokens whole words."""
+    return " " + answer.strip()
+
+
+PROMPT_TEMPLATE = "{question}| {answer}"
+"""Written into result files; `|` is where the supervised text begins."""
+
+ImageOrder = Literal["image_first", "text_first"]
+"""The two orders of an image-text pair: read the image, or generate it."""
