@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from ml_collections import ConfigDict
+
 Objective = Literal["understanding", "semantic_input", "semantic_encoder"]
 Component = Literal["encoder", "projector", "decoder", "semantic_head"]
 Remat = Literal["none", "dots", "full"]
@@ -260,14 +262,15 @@ class Config:
     diagnostics: DiagnosticsConfig
 
 
-def from_config_dict(config_dict: Mapping[str, Any]) -> Config:
+def from_config_dict(config_dict: ConfigDict | Mapping[str, Any]) -> Config:
     """Builds and validates the configuration.
 
     Raises:
         ConfigError: listing every unknown, missing or ill-typed field with its dotted path, or every invalid combination.
     """
     faults: list[str] = []
-    config = _build(Config, config_dict, "", faults)
+    values = config_dict.to_dict() if isinstance(config_dict, ConfigDict) else config_dict
+    config = _build(Config, values, "", faults)
     if faults:
         raise ConfigError(faults)
     faults = validate(config)
