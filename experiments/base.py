@@ -52,6 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "frozen": (),
         },
         "init_from": {"workdir": "", "step": -1, "components": ()},
+        "scene_world": {"level": "none", "path": "", "num_scenes": 0},
         "data": {
             "sources": {},
             "seed": 0,

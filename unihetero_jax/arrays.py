@@ -117,18 +117,16 @@ class ModelOutput:
 
 @pytree_dataclass
 class Cache:
-    """Keys and values of what has been read so far.
+    """Keys and values of what has been read so far; position p of a row lies in slot p.
 
     Attributes:
-        keys, values: one slot per position.
-        length: slots in use; the same for every row (shorter rows are padded on the left).
-        start: first slot in use of each row (left padding before it is never attended to).
+        keys, values: by layer, row and slot.
+        length: slots in use of each row.
     """
 
-    keys: Float[Array, "L B K G H"]
-    values: Float[Array, "L B K G H"]
-    length: Int[Array, ""]
-    start: Int[Array, "B"]
+    keys: Float[Array, "L B K G d"]
+    values: Float[Array, "L B K G d"]
+    length: Int[Array, "B"]
 
 
 @pytree_dataclass

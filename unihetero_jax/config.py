@@ -160,6 +160,15 @@ class SourceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SceneWorldConfig:
+    """The embedded scene world: generated into `path` when missing. `level` none: not used."""
+
+    level: Literal["none", "easy", "hard"]
+    path: str
+    num_scenes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The training stream; a pure function of these fields.
 
@@ -254,6 +263,7 @@ class Config:
     loss: LossConfig
     optimizer: OptimizerConfig
     init_from: InitFromConfig
+    scene_world: SceneWorldConfig
     data: DataConfig
     train: TrainConfig
     checkpoint: CheckpointConfig

@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgpack
@@ -221,6 +222,30 @@ def image_grid(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:
         shrink_h = grid_w == 1 or (grid_h > 1 and grid_h / blocks_h >= grid_w / blocks_w)
         grid_h, grid_w = (grid_h - 1, grid_w) if shrink_h else (grid_h, grid_w - 1)
     return grid_h * MERGE_SIZE, grid_w * MERGE_SIZE
+
+
+def image_tokens(height: int, width: int, spec: ImageSpec) -> int:
+    """Visual tokens of an image: one per 2x2 block of its patches."""
+    grid_h, grid_w = image_grid(height, width, spec)
+    return grid_h * grid_w // MERGE_SIZE**2
+
+
+def record_cost(record: Record, encode: Callable[[str], Sequence[int]], spec: ImageSpec) -> tuple[int, int]:
+    """What a record takes of a row: (token positions, image patches). Planner and reader both call this.
+
+    Text takes its tokens; an image takes `<boi>`, one position per visual token, `<eoi>`; an end-of-sample token closes
+    the sample, or each of its branches when it has independent turns.
+    """
+    num_tokens = num_patches = 0
+    for segment in record.segments:
+        if isinstance(segment, TextSegment):
+            num_tokens += len(encode(segment.text))
+        else:
+            num_visual = image_tokens(segment.height, segment.width, spec)
+            num_tokens += num_visual + 2
+            num_patches += num_visual * MERGE_SIZE**2
+    num_branches = len({s.branch for s in record.segments if isinstance(s, TextSegment) and s.branch})
+    return num_tokens + max(num_branches, 1), num_patches
 
 
 def index_key(tokenizer_hash: str, spec: ImageSpec) -> str:

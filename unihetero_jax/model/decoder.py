@@ -1,0 +1,109 @@
+"""Shared Decoder: the causal language model over token and visual embeddings alike."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from unihetero_jax.arrays import Cache, typechecked
+from unihetero_jax.config import DecoderConfig
+from unihetero_jax.model.attention import attend, rotate
+from unihetero_jax.model.layers import GatedMLP, Linear, ParamKeys, RMSNorm, parameter, scan_layers, stack_layers
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention with rotary positions; q/k norm and q/k/v bias by config (Qwen3, Qwen2)."""
+
+    def __init__(self, config: DecoderConfig, keys: ParamKeys):
+        self.config = config
+        dim, head_dim = config.dim, config.head_dim
+        query_dim, key_dim = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        self.query = Linear(dim, query_dim, ("embed", "heads"), keys.child("query"), use_bias=config.qkv_bias)
+        self.key = Linear(dim, key_dim, ("embed", "heads"), keys.child("key"), use_bias=config.qkv_bias)
+        self.value = Linear(dim, key_dim, ("embed", "heads"), keys.child("value"), use_bias=config.qkv_bias)
+        self.out = Linear(query_dim, dim, ("heads", "embed"), keys.child("out"))
+        self.query_norm = RMSNorm(head_dim, config.norm_eps, keys.child("query_norm")) if config.qk_norm else None
+        self.key_norm = RMSNorm(head_dim, config.norm_eps, keys.child("key_norm")) if config.qk_norm else None
+
+    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values by head, rotated to their positions."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        query, key, value = (linear(x).reshape(heads) for linear in (self.query, self.key, self.value))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        theta = self.config.rope_theta
+        return rotate(query, positions, theta), rotate(key, positions, theta), value
+
+
+class DecoderBlock(nnx.Module):
+    """Pre-norm block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: DecoderConfig, keys: ParamKeys):
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, keys.child("attention_norm"))
+        self.attention = Attention(config, keys.child("attention"))
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps, keys.child("mlp_norm"))
+        self.mlp = GatedMLP(config.dim, config.mlp_dim, keys.child("mlp"))
+
+    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        """Whole rows: [B, T, D] with mask [B, T, T]."""
+        query, key, value = self.attention.project(self.attention_norm(x), positions)
+        x = x + self.attention.out(attend(query, key, value, mask))
+        return x + self.mlp(self.mlp_norm(x))
+
+    def cached(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, slots: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """New positions [B, S, D] against the cache [B, K, G, d]; position p is written to slot p. Mask [B, S, K]."""
+        query, key, value = self.attention.project(self.attention_norm(x), positions)
+        rows = jnp.arange(x.shape[0])[:, None]
+        keys, values = slots[0].at[rows, positions].set(key), slots[1].at[rows, positions].set(value)
+        x = x + self.attention.out(attend(query, keys, values, mask))
+        return x + self.mlp(self.mlp_norm(x)), (keys, values)
+
+
+class Decoder(nnx.Module):
+    """Token and grid embeddings, stacked blocks, final norm; the unembedding is the token table or its own."""
+
+    def __init__(self, config: DecoderConfig, embedding_rms: float, keys: ParamKeys):
+        self.config = config
+        normal = nnx.initializers.normal(embedding_rms)
+        table, grid = (config.vocab_size, config.dim), (config.max_grid + 1, config.dim)
+        self.embedding = parameter(keys, "embedding", table, normal, ("vocab", "embed"))
+        self.grid_height = parameter(keys, "grid_height", grid, normal, ("replicated", "embed"))
+        self.grid_width = parameter(keys, "grid_width", grid, normal, ("replicated", "embed"))
+        self.blocks = stack_layers(lambda k: DecoderBlock(config, k), config.num_layers, keys.child("blocks"))
+        self.norm = RMSNorm(config.dim, config.norm_eps, keys.child("norm"))
+        if not config.tied_embeddings:
+            self.output = parameter(keys, "output", table, normal, ("vocab", "embed"))
+
+    @property
+    def unembedding(self) -> jax.Array:
+        """float32[V, D]."""
+        return self.embedding[...] if self.config.tied_embeddings else self.output[...]
+
+    @typechecked
+    def embed(
+        self, tokens: Int[Array, "B S"], boi_grid: Int[Array, "B S 2"], dtype: jnp.dtype
+    ) -> Float[Array, "B S D"]:
+        """Token embeddings; `<boi>` also carries its image's grid, which is known before any visual target."""
+        grid = self.grid_height[...][boi_grid[..., 0]] + self.grid_width[...][boi_grid[..., 1]]
+        is_boi = (boi_grid[..., :1] > 0).astype(grid.dtype)
+        return (self.embedding[...][tokens] + grid * is_boi).astype(dtype)
+
+    @typechecked
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+    ) -> Float[Array, "B T D"]:
+        x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, positions, mask), None), self.config.remat)
+        return self.norm(x)
+
+    @typechecked
+    def cached(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], mask: Bool[Array, "B S K"], cache: Cache
+    ) -> tuple[Float[Array, "B S D"], Cache]:
+        """Reads `S` new positions and remembers them. `cache.length` is the caller's to advance."""
+        x, (keys, values) = scan_layers(
+            self.blocks, x, lambda block, x, slots: block.cached(x, positions, mask, slots),
+            "none", per_layer=(cache.keys, cache.values),
+        )
+        return self.norm(x), Cache(keys, values, cache.length)

@@ -1,0 +1,161 @@
+"""UniHetero: the assembly. This is the file to read.
+
+    patches --Visual Encoder--> e --merge 2x2, Semantic Encoder--> z  (the LLM's own input embedding)
+    tokens  --embedding-------> \\
+                                 X = tokens and z in reading order --Shared Decoder--> H
+    H[t] --Understanding Head--> next text token          H[t] --Generation Head--> zhat[t+1], the next visual embedding
+
+Names of the paper (arXiv 2512.23512) and ours: Visual Encoder = `VisionEncoder`; Semantic Encoder = `Projector`; Shared
+Decoder = `Decoder`; Generation Head = `SemanticHead`; Understanding Head = the decoder's unembedding.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from unihetero_jax.arrays import Batch, Cache, ModelOutput, VisionOutput, typechecked
+from unihetero_jax.config import ModelConfig, Objective
+from unihetero_jax.model.attention import decoder_mask
+from unihetero_jax.model.decoder import Decoder
+from unihetero_jax.model.layers import ParamKeys
+from unihetero_jax.model.semantic_encoder import Projector, token_embedding_rms
+from unihetero_jax.model.semantic_head import SemanticHead
+from unihetero_jax.model.vision_encoder import VisionEncoder, merge_patches
+from unihetero_jax.sharding import constrain
+
+Params = dict[str, Any]
+"""Parameters by component, then by path: plain nested dicts of arrays."""
+
+
+class UniHetero(nnx.Module):
+    """One causal transformer over text tokens and visual embeddings.
+
+    The Generation Head exists only for objectives with a visual target; the other components start from the same values
+    whatever the objective.
+    """
+
+    def __init__(self, config: ModelConfig, objective: Objective, keys: ParamKeys):
+        self.config = config
+        self.encoder = VisionEncoder(config.encoder, keys.child("encoder"))
+        self.projector = Projector(config, keys.child("projector"))
+        self.decoder = Decoder(config.decoder, token_embedding_rms(config), keys.child("decoder"))
+        target_dim = head_target_dim(config, objective)
+        if target_dim:
+            head = config.semantic_head
+            self.semantic_head = SemanticHead(config.decoder.dim, head.hidden_dim, target_dim, keys.child("semantic_head"))
+        self.has_head = bool(target_dim)
+
+    @typechecked
+    def __call__(self, batch: Batch, cut_input_gradient: bool = False) -> ModelOutput:
+        """Reads whole packed rows.
+
+        Args:
+            batch: packed rows.
+            cut_input_gradient: stop the gradient at visual *inputs* of images that carry the visual loss, so that the
+                loss cannot be lowered by making its own inputs easy to predict from.
+        """
+        vision = self.see(batch)
+        x = constrain(self.embed(batch, vision, cut_input_gradient), "batch", "sequence", "replicated")
+        hidden = self.decoder(x, batch.positions, decoder_mask(batch.segment_ids, batch.branch_ids))
+        hidden = constrain(hidden, "batch", "sequence", "replicated")
+        predicted = self.semantic_head(hidden) if self.has_head else None
+        return ModelOutput(hidden, x, vision, predicted, self.decoder.unembedding)
+
+    @typechecked
+    def see(self, batch: Batch) -> VisionOutput:
+        """The vision path alone: Visual Encoder, merge, Semantic Encoder."""
+        features = self.encoder(
+            batch.patches, batch.patch_segment_ids, batch.patch_coords, batch.patch_grid, self.dtype
+        )
+        merged = merge_patches(constrain(features, "batch", "sequence", "replicated"))
+        return VisionOutput(merged, self.projector(merged))
+
+    @typechecked
+    def embed(
+        self, batch: Batch, vision: VisionOutput, cut_input_gradient: bool = False
+    ) -> Float[Array, "B T D"]:
+        """`X`: token embeddings, with visual embeddings at visual positions."""
+        tokens = self.decoder.embed(batch.tokens, batch.boi_grid, self.dtype)
+        visual = jnp.take_along_axis(vision.visual_embeddings, batch.visual_index[..., None], axis=1)
+        if cut_input_gradient:
+            visual = jnp.where(batch.visual_loss_mask[..., None], jax.lax.stop_gradient(visual), visual)
+        return jnp.where(batch.visual_mask[..., None], visual, tokens)
+
+    @typechecked
+    def prefill(self, batch: Batch, num_slots: int) -> tuple[Float[Array, "B T D"], Cache]:
+        """Reads one sample per row (padded at its end) and opens a cache of `num_slots` positions."""
+        decoder = self.config.decoder
+        num_rows = batch.tokens.shape[0]
+        shape = (decoder.num_layers, num_rows, num_slots, decoder.num_kv_heads, decoder.head_dim)
+        length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
+        cache = Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), length)
+        positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32), batch.tokens.shape)
+        mask = jnp.arange(num_slots) <= positions[..., None]
+        return self.decoder.cached(self.embed(batch, self.see(batch)), positions, mask, cache)
+
+    @typechecked
+    def decode_step(self, embedding: Float[Array, "B D"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
+        """Reads one more input embedding per row; returns the hidden state there."""
+        positions = cache.length[:, None]
+        mask = jnp.arange(cache.keys.shape[2]) <= positions[..., None]
+        hidden, cache = self.decoder.cached(embedding[:, None], positions, mask, cache)
+        return hidden[:, 0], Cache(cache.keys, cache.values, cache.length + 1)
+
+    @typechecked
+    def predict_embedding(self, hidden: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        """The input embedding that the Generation Head expects next, ready to be fed back in a rollout.
+
+        A prediction in encoder space goes through the Semantic Encoder; one in input space gets its scale back.
+        """
+        predicted = self.semantic_head(hidden)
+        if predicted.shape[-1] == self.config.decoder.dim:
+            return self.projector.rescale(predicted)
+        return self.projector(predicted)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.compute_dtype)
+
+
+def head_target_dim(config: ModelConfig, objective: Objective) -> int:
+    """Width of the space the Generation Head predicts in; 0 without a visual target."""
+    match objective:
+        case "understanding":
+            return 0
+        case "semantic_input":
+            return config.decoder.dim
+        case "semantic_encoder":
+            return 4 * config.encoder.dim
+
+
+def abstract_model(config: ModelConfig, objective: Objective) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure and the shapes of its parameters; allocates nothing."""
+    return nnx.split(nnx.eval_shape(lambda: UniHetero(config, objective, ParamKeys(jax.random.key(0)))))
+
+
+def init_params(config: ModelConfig, objective: Objective, seed: jax.Array | int) -> Params:
+    """Fresh parameters, each from the seed and its own path. Traceable, so that they can be born sharded."""
+    model = UniHetero(config, objective, ParamKeys(jax.random.key(seed)))
+    return nnx.to_pure_dict(nnx.split(model)[1])
+
+
+def logical_axes(config: ModelConfig, objective: Objective) -> Params:
+    """The logical axis names of every parameter, in the parameters' structure. Stacked layers lead with `layers`."""
+    _, state = abstract_model(config, objective)
+
+    def axes(param: nnx.Param) -> tuple[str, ...]:
+        names = param.get_metadata()["logical_axes"]
+        return ("layers",) * (len(param.shape) - len(names)) + names
+
+    tree = jax.tree.map(axes, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.to_pure_dict(tree)
+
+
+def build(config: ModelConfig, objective: Objective, params: Params) -> UniHetero:
+    """A model over these parameters."""
+    graphdef, state = abstract_model(config, objective)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)

@@ -1,0 +1,92 @@
+"""Visual Encoder: a ViT over packed patches of images at their native aspect ratio (SigLIP 2 NaFlex, arXiv 2502.14786)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from unihetero_jax.arrays import typechecked
+from unihetero_jax.config import EncoderConfig
+from unihetero_jax.model.attention import attend, encoder_mask
+from unihetero_jax.model.layers import MLP, LayerNorm, Linear, ParamKeys, parameter, scan_layers, stack_layers
+
+NORM_EPS = 1e-6
+
+
+@typechecked
+def resize_weights(coord: Int[Array, "*n"], size: Int[Array, "*n"], table_size: int) -> Float[Array, "*n s"]:
+    """How much each entry of a 1-D table counts for output `coord` of `size`: bilinear resizing with antialias.
+
+    The triangle filter of `jax.image.resize(..., "linear")` and `torch.nn.functional.interpolate(antialias=True)`, for
+    one output position instead of a whole axis, so images of any grid share static shapes.
+    """
+    scale = table_size / jnp.maximum(size, 1).astype(jnp.float32)
+    centre = (coord.astype(jnp.float32) + 0.5) * scale - 0.5
+    radius = jnp.maximum(scale, 1.0)
+    distance = jnp.abs(jnp.arange(table_size, dtype=jnp.float32) - centre[..., None])
+    weights = jnp.maximum(0.0, 1.0 - distance / radius[..., None])
+    return weights / jnp.sum(weights, axis=-1, keepdims=True)
+
+
+class EncoderBlock(nnx.Module):
+    """Pre-norm transformer block with biases, attention within an image."""
+
+    def __init__(self, config: EncoderConfig, keys: ParamKeys):
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.attention_norm = LayerNorm(dim, NORM_EPS, keys.child("attention_norm"))
+        self.query = Linear(dim, dim, ("vision_embed", "heads"), keys.child("query"), use_bias=True)
+        self.key = Linear(dim, dim, ("vision_embed", "heads"), keys.child("key"), use_bias=True)
+        self.value = Linear(dim, dim, ("vision_embed", "heads"), keys.child("value"), use_bias=True)
+        self.out = Linear(dim, dim, ("heads", "vision_embed"), keys.child("out"), use_bias=True)
+        self.mlp_norm = LayerNorm(dim, NORM_EPS, keys.child("mlp_norm"))
+        self.mlp = MLP(dim, config.mlp_dim, dim, ("vision_embed", "vision_embed"), keys.child("mlp"))
+
+    @typechecked
+    def __call__(self, x: Float[Array, "B P E"], mask: Bool[Array, "B P P"]) -> Float[Array, "B P E"]:
+        normed = self.attention_norm(x)
+        heads = (*x.shape[:2], self.num_heads, -1)
+        query, key, value = (linear(normed).reshape(heads) for linear in (self.query, self.key, self.value))
+        x = x + self.out(attend(query, key, value, mask))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class VisionEncoder(nnx.Module):
+    """Patches to features; every image sees only itself."""
+
+    def __init__(self, config: EncoderConfig, keys: ParamKeys):
+        self.config = config
+        patch_values = config.patch_size**2 * 3
+        self.patch = Linear(patch_values, config.dim, ("replicated", "vision_embed"), keys.child("patch"), use_bias=True)
+        self.position = parameter(
+            keys, "position", (config.position_grid**2, config.dim),
+            nnx.initializers.normal(config.dim**-0.5), ("replicated", "vision_embed"),
+        )
+        self.blocks = stack_layers(lambda k: EncoderBlock(config, k), config.num_layers, keys.child("blocks"))
+        self.norm = LayerNorm(config.dim, NORM_EPS, keys.child("norm"))
+
+    @typechecked
+    def __call__(
+        self,
+        patches: UInt8[Array, "B P F"],
+        patch_segment_ids: Int[Array, "B P"],
+        patch_coords: Int[Array, "B P 2"],
+        patch_grid: Int[Array, "B P 2"],
+        dtype: jnp.dtype,
+    ) -> Float[Array, "B P E"]:
+        """Pixel values arrive as uint8 and are scaled to [-1, 1] here, on the device."""
+        side = self.config.position_grid
+        pixels = patches.astype(dtype) / 127.5 - 1.0
+        rows = resize_weights(patch_coords[..., 0], patch_grid[..., 0], side)
+        columns = resize_weights(patch_coords[..., 1], patch_grid[..., 1], side)
+        weights = (rows[..., :, None] * columns[..., None, :]).reshape(*rows.shape[:2], side * side)
+        x = self.patch(pixels) + weights.astype(dtype) @ self.position[...].astype(dtype)
+        mask = encoder_mask(patch_segment_ids, causal=self.config.attention == "causal")
+        x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, mask), None), self.config.remat)
+        return self.norm(x)
+
+
+def merge_patches(features: jax.Array) -> jax.Array:
+    """[B, P, E] to [B, P/4, 4E]: patches are stored block-major, so the 2x2 merge is a reshape."""
+    batch, num_patches, dim = features.shape
+    return features.reshape(batch, num_patches // 4, 4 * dim)

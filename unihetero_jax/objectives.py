@@ -1,0 +1,223 @@
+"""The losses and the objective table. Arrays in, (sum, count) pairs out; divided once, by counts of the whole batch.
+
+Every loss is a sum over its targets and a count of them, so accumulation, packing and the number of devices do not
+change it. All losses are float32.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from unihetero_jax.arrays import Batch, LossOutput, ModelOutput, VisionOutput, typechecked
+from unihetero_jax.config import Component, Config, LossConfig, Objective
+
+LossName = Literal["text", "visual"]
+
+GRADIENT_TABLE: Mapping[Objective, Mapping[LossName, frozenset[Component]]] = {
+    "understanding": {"text": frozenset({"encoder", "projector", "decoder"})},
+    "semantic_input": {
+        "text": frozenset({"encoder", "projector", "decoder"}),
+        "visual": frozenset({"encoder", "projector", "decoder", "semantic_head"}),
+    },
+    "semantic_encoder": {
+        "text": frozenset({"encoder", "projector", "decoder"}),
+        "visual": frozenset({"encoder", "projector", "decoder", "semantic_head"}),
+    },
+}
+"""Objective -> loss -> the components its gradient reaches (through the *inputs*; targets are always stopped).
+
+`gradient_table.py` proves this at start-up on a miniature twin. A visual loss with `cut_input_gradient` does not reach
+encoder and projector, and a frozen component is reached by nothing: `reached` applies both.
+"""
+
+GRADIENT_GROUPS: Mapping[Objective, tuple[tuple[Component, ...], ...]] = {
+    "understanding": (("encoder", "projector", "decoder"),),
+    "semantic_input": (("encoder", "projector", "decoder", "semantic_head"),),
+    "semantic_encoder": (("encoder", "projector", "decoder", "semantic_head"),),
+}
+"""Components that share a loss graph. Clipping and the non-finite check act within a group, so that an isolated part
+(a detached decoder) can never change the update of the others."""
+
+
+def reached(objective: Objective, loss: LossName, config: LossConfig, frozen: tuple[Component, ...]) -> set[Component]:
+    """The components that a loss trains under this configuration."""
+    components = set(GRADIENT_TABLE[objective][loss])
+    if loss == "visual" and config.cut_input_gradient:
+        components -= {"encoder", "projector"}
+    return components - set(frozen)
+
+
+@typechecked
+def count_targets(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """How many targets each loss has in the whole batch: the denominators, known before any microbatch runs."""
+    return {
+        "text": jnp.sum(batch.text_loss_mask, dtype=jnp.float32),
+        "visual": jnp.sum(batch.visual_loss_mask, dtype=jnp.float32),
+    }
+
+
+def visual_weight(config: LossConfig, step: jax.Array) -> jax.Array:
+    """lambda at a step: linear from `visual_weight_start` to `visual_weight` (arXiv 2608.12209 ramps over 4,000 steps)."""
+    progress = jnp.clip(step / max(config.visual_ramp_steps, 1), 0.0, 1.0) if config.visual_ramp_steps else 1.0
+    return jnp.asarray(config.visual_weight_start + (config.visual_weight - config.visual_weight_start) * progress)
+
+
+@typechecked
+def text_log_probs(
+    hidden: Float[Array, "B T D"], unembedding: Float[Array, "V D"], tokens: Int[Array, "B T"], chunk: int
+) -> Float[Array, "B T"]:
+    """log p(tokens[t] | positions before t), aligned to the target; position 0 has no predecessor and gets 0.
+
+    Computed in chunks of `chunk` positions of every row and recomputed in the backward pass, so logits of the size
+    [B, T, V] never exist.
+    """
+    num_rows, length, dim = hidden.shape
+    chunk = min(chunk, length)
+    num_chunks = -(-length // chunk)
+    padding = num_chunks * chunk - length
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1 + padding)))
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+
+    @jax.checkpoint
+    def chunk_log_probs(hidden, targets):
+        logits = jnp.einsum("bcd,vd->bcv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1)
+
+    if num_chunks == 1:
+        log_probs = chunk_log_probs(hidden, targets)
+    else:
+        chunked_hidden = hidden.reshape(num_rows, num_chunks, chunk, dim).swapaxes(0, 1)
+        chunked_targets = targets.reshape(num_rows, num_chunks, chunk).swapaxes(0, 1)
+        log_probs = jax.lax.map(lambda x: chunk_log_probs(*x), (chunked_hidden, chunked_targets))
+        log_probs = log_probs.swapaxes(0, 1).reshape(num_rows, -1)
+    return jnp.pad(log_probs[:, : length - 1], ((0, 0), (1, 0)))
+
+
+@typechecked
+def embedding_distance(
+    predicted: Float[Array, "*n Z"], target: Float[Array, "*n Z"], config: LossConfig
+) -> Float[Array, "*n"]:
+    """Distance between prediction and target in float32.
+
+    cosine: `1 - cos`. mse, smooth_l1 (beta 1): mean over dimensions. `target_norm` normalises the target before the
+    distance, and for l2 the prediction too, since a regression onto the unit sphere has no use for another radius.
+    """
+    predicted, target = predicted.astype(jnp.float32), target.astype(jnp.float32)
+    match config.target_norm:
+        case "l2":
+            predicted, target = _unit(predicted), _unit(target)
+        case "layer_norm":
+            centred = target - target.mean(axis=-1, keepdims=True)
+            target = centred * jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-6)
+    match config.visual_loss:
+        case "cosine":
+            return 1.0 - jnp.sum(_unit(predicted) * _unit(target), axis=-1)
+        case "mse":
+            return jnp.mean((predicted - target) ** 2, axis=-1)
+        case "smooth_l1":
+            difference = jnp.abs(predicted - target)
+            return jnp.mean(jnp.where(difference < 1, 0.5 * difference**2, difference - 0.5), axis=-1)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
+def target_space(objective: Objective, vision: VisionOutput) -> jax.Array:
+    """The embeddings that the visual loss predicts, [B, U, Z], without gradient (else a constant is a minimiser)."""
+    embeddings = vision.merged if objective == "semantic_encoder" else vision.visual_embeddings
+    return jax.lax.stop_gradient(embeddings)
+
+
+@typechecked
+def compute_loss(
+    config: Config,
+    output: ModelOutput,
+    batch: Batch,
+    target: VisionOutput,
+    weight: Float[Array, ""],
+    denominators: dict[str, Float[Array, ""]],
+) -> LossOutput:
+    """`L = L_text + lambda L_visual` (design section 2), and what is needed to judge it.
+
+    Args:
+        config: the experiment.
+        output: the model's output on this (micro)batch.
+        batch: the (micro)batch.
+        target: the vision path that gives the targets: that of the moving average, or the online one.
+        weight: lambda.
+        denominators: from `count_targets` of the *whole* batch.
+    """
+    log_probs = text_log_probs(output.hidden, output.unembedding, batch.tokens, config.loss.text_chunk)
+    nll = jnp.where(batch.text_loss_mask, -log_probs, 0.0)
+    sums, counts = {"text": jnp.sum(nll)}, {"text": jnp.sum(batch.text_loss_mask, dtype=jnp.float32)}
+    num_sources = len(config.data.sources)
+    sums["text_by_source"], counts["text_by_source"] = _by_source(nll, batch.text_loss_mask, batch, num_sources)
+    loss = sums["text"] / jnp.maximum(denominators["text"], 1.0)
+    sums["within_spread"], counts["within_spread"] = within_image_spread(
+        output.vision.visual_embeddings, batch.patch_segment_ids
+    )
+    if output.predicted_embeddings is not None:
+        visual_sums, visual_counts = _visual_terms(config, output.predicted_embeddings, batch, target)
+        loss = loss + weight * visual_sums["visual"] / jnp.maximum(denominators["visual"], 1.0)
+        sums, counts = sums | visual_sums, counts | visual_counts
+    return LossOutput(loss, sums, counts)
+
+
+def _by_source(values: jax.Array, mask: jax.Array, batch: Batch, num_sources: int) -> tuple[jax.Array, jax.Array]:
+    one_hot = jax.nn.one_hot(batch.source_ids, num_sources, dtype=jnp.float32) * mask[..., None]
+    return jnp.einsum("bt,bts->s", values, one_hot), one_hot.sum(axis=(0, 1))
+
+
+def _visual_terms(
+    config: Config, predicted: jax.Array, batch: Batch, target: VisionOutput
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The visual loss, and beside it the two baselines that need no model: the mean embedding and the previous one."""
+    embeddings = target_space(config.objective, target)
+    at_position = jnp.take_along_axis(embeddings, batch.visual_index[..., None], axis=1)
+    mask = batch.visual_loss_mask
+    previous = jnp.roll(at_position, 1, axis=1)
+    has_previous = mask & jnp.roll(batch.visual_mask, 1, axis=1)
+    count = jnp.sum(mask, dtype=jnp.float32)
+    mean = jnp.sum(jnp.where(mask[..., None], at_position, 0.0), axis=(0, 1)) / jnp.maximum(count, 1.0)
+    distances = {
+        "visual": (jnp.roll(predicted, 1, axis=1), mask),
+        "visual_copy_previous": (previous, has_previous),
+        "visual_mean_embedding": (jnp.broadcast_to(mean, at_position.shape), mask),
+    }
+    sums, counts = {}, {}
+    for name, (guess, valid) in distances.items():
+        distance = embedding_distance(guess, at_position, config.loss)
+        sums[name] = jnp.sum(jnp.where(valid, distance, 0.0))
+        counts[name] = jnp.sum(valid, dtype=jnp.float32)
+    return sums, counts
+
+
+@typechecked
+def within_image_spread(
+    embeddings: Float[Array, "B U D"], patch_segment_ids: Int[Array, "B P"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(sum, count) over images of `1 - mean cosine between two different tokens of the same image`.
+
+    The alarm for collapse within the image, which a low visual loss, the spread across images and "beats the mean" all
+    miss. By `|sum of unit vectors|^2 = n + 2 * sum of pair cosines` no pair is ever formed.
+    """
+    image_ids = patch_segment_ids[:, ::4]
+    max_images = image_ids.shape[1]
+    unit = _unit(jax.lax.stop_gradient(embeddings).astype(jnp.float32))
+    member = jax.nn.one_hot(image_ids - 1, max_images, dtype=jnp.float32)  # padding is -1: a row of zeros
+    num_tokens = member.sum(axis=1)
+    total = jnp.einsum("bui,bud->bid", member, unit)
+    pairs = num_tokens * (num_tokens - 1)
+    mean_cosine = (jnp.sum(total * total, axis=-1) - num_tokens) / jnp.maximum(pairs, 1.0)
+    valid: Bool[Array, "B I"] = pairs > 0
+    return jnp.sum(jnp.where(valid, 1.0 - mean_cosine, 0.0)), jnp.sum(valid, dtype=jnp.float32)
+
+
+def means(sums: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is logged: sum / count, and 0 where there was nothing to count (the count is logged beside it)."""
+    return {name: sums[name] / jnp.maximum(counts[name], 1.0) for name in sums}

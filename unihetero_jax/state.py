@@ -1,0 +1,86 @@
+"""TrainState: everything that training changes, as one tree that is sharded, donated and checkpointed as a whole."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from unihetero_jax import optim
+from unihetero_jax.arrays import pytree_dataclass
+from unihetero_jax.config import Config
+from unihetero_jax.sharding import shardings_for
+
+
+@pytree_dataclass
+class TrainState:
+    """The state after `step` steps. With replicates every array has a leading replicate axis.
+
+    Attributes:
+        step: steps taken, skipped ones included.
+        params: parameters by component.
+        ema: moving average of the components that give the visual targets; empty when the online ones do.
+        opt_state: moments of the trainable components.
+        skipped: steps whose gradient was not finite and that changed nothing.
+        consecutive_skips: of those, how many in a row up to now.
+    """
+
+    step: Int[Array, "*r"]
+    params: dict[str, Any]
+    ema: dict[str, Any]
+    opt_state: Any
+    skipped: Int[Array, "*r"]
+    consecutive_skips: Int[Array, "*r"]
+
+
+def ema_components(config: Config) -> tuple[str, ...]:
+    """The components averaged for the targets: the projector, and the encoder if it trains.
+
+    An average of the projector alone over a trainable encoder collapses (see the design), so the encoder is always in
+    it unless frozen; a frozen component equals its own average.
+    """
+    if config.objective == "understanding" or config.loss.target != "ema":
+        return ()
+    needed = ("encoder",) if config.objective == "semantic_encoder" else ("encoder", "projector")
+    return tuple(name for name in needed if name not in config.optimizer.frozen)
+
+
+def create_state(config: Config, params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
+    """A state at step 0 over these parameters."""
+    zero = jnp.zeros((), jnp.int32)
+    averaged = {name: jax.tree.map(jnp.copy, params[name]) for name in ema_components(config)}
+    moments = optimizer.init(optim.trainable(params, config.optimizer.frozen))
+    return TrainState(zero, params, averaged, moments, zero, zero)
+
+
+def state_shardings(config: Config, abstract: TrainState, axes: dict[str, Any], mesh: Mesh) -> TrainState:
+    """Shardings of a state: moments and averages lie like the parameters they belong to, counters on every device.
+
+    Args:
+        config: the experiment.
+        abstract: shapes of the state.
+        axes: logical axes of the parameters, in their structure.
+        mesh: where it shall live.
+    """
+    replicates = config.train.num_replicates > 1
+    params = shardings_for(axes, mesh, replicates)
+    scalar = NamedSharding(mesh, PartitionSpec("data") if replicates else PartitionSpec())
+    moments = optax.tree.map_params(
+        optim.make_optimizer(config),
+        lambda _, sharding: sharding,
+        abstract.opt_state,
+        optim.trainable(params, config.optimizer.frozen),
+        transform_non_params=lambda _: scalar,
+    )
+    averaged = {name: params[name] for name in abstract.ema}
+    return TrainState(scalar, params, averaged, moments, scalar, scalar)
+
+
+def update_ema(ema: dict[str, Any], params: dict[str, Any], decay: float) -> dict[str, Any]:
+    """`ema <- decay * ema + (1 - decay) * params` for the averaged components."""
+    return {
+        name: jax.tree.map(lambda average, value: average + (1 - decay) * (value - average), tree, params[name])
+        for name, tree in ema.items()
+    }

@@ -1,0 +1,251 @@
+"""The folder of a run: may we write there, does another run use it, and files that are either old or new, never half.
+
+A second run in the same folder would interleave metrics and overwrite checkpoints, so a run holds `lock.json` with its
+host, pid, start time and a heartbeat.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+from etils import epath
+
+LOCK_NAME = "lock.json"
+HEARTBEAT_INTERVAL_S = 30.0
+STALE_AFTER_S = 120.0
+"""A lock whose heartbeat is older than this belongs to a run that is gone (four missed beats)."""
+
+
+class WorkdirError(ValueError):
+    """The folder of the run cannot be used; the message says why and what to do."""
+
+
+def write_atomically(path: epath.PathLike, text: str) -> None:
+    """Writes a small text file so that a reader, or a restart after a kill, sees the old content or the new one.
+
+    Locally a temporary file is renamed over the target; in a bucket writing an object is atomic already.
+    """
+    path = epath.Path(path)
+    if not is_local(path):
+        path.write_text(text)
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """Whether the path is in a file system (mounted ones included) and not in a bucket such as gs://."""
+    return "://" not in os.fspath(path)
+
+
+def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
+    """Makes the folder and proves by writing that it can be used, before any time goes into compiling or training.
+
+    Raises:
+        WorkdirError: if it cannot be created or written.
+    """
+    workdir = epath.Path(workdir)
+    probe = workdir / f".write-test-{uuid.uuid4().hex}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe")
+        probe.unlink()
+    except OSError as error:
+        raise WorkdirError(
+            f"--workdir {workdir}: cannot write there ({error.strerror or error}); "
+            "choose another folder, or change its permissions or free space"
+        ) from error
+    return workdir
+
+
+def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
+    """Writes the resolved configuration (plain values of `config.to_dict`) to `config.json`."""
+    write_atomically(epath.Path(workdir) / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+class RunLock:
+    """The right to write to a workdir, as a context manager. In a run of many processes only process 0 takes it.
+
+    `lock.json` holds host, process namespace, pid, the process's start time in clock ticks since boot (a pid alone may
+    be reused), when the run began, and a heartbeat that a daemon thread refreshes. The lock is stale, and taken over,
+    when its process is dead on this host or its heartbeat is over two minutes old. Locally the check and the write
+    happen under an advisory file lock, so of two runs that start together exactly one wins. A bucket has no such lock:
+    there the file is read back after writing, and the last writer wins.
+
+    A run that was suspended for longer than the limit may lose its lock; `check` then raises.
+    """
+
+    def __init__(self, workdir: epath.PathLike, heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S):
+        self._path = epath.Path(workdir) / LOCK_NAME
+        self._interval_s = heartbeat_interval_s
+        self._record = {
+            "host": socket.gethostname(),
+            "namespace": _process_namespace(),
+            "pid": os.getpid(),
+            "process_start": _process_start(os.getpid()),
+            "started": time.time(),
+            "heartbeat": time.time(),
+            "token": uuid.uuid4().hex,
+        }
+        self._stop = threading.Event()
+        self._fault: str | None = None
+        self._thread: threading.Thread | None = None
+
+    def acquire(self) -> Self:
+        """Takes the lock and starts its heartbeat.
+
+        Raises:
+            WorkdirError: naming the holder, if another live run has it.
+        """
+        with _guard(self._path):
+            holder = _read_lock(self._path)
+            if holder is not None and not _is_stale(holder):
+                raise WorkdirError(_refusal(self._path, holder))
+            self._record["heartbeat"] = time.time()
+            if holder is None and is_local(self._path):
+                self._create()
+            else:
+                write_atomically(self._path, json.dumps(self._record))
+        if not is_local(self._path) and self._owner_token() != self._record["token"]:
+            raise WorkdirError(f"{self._path}: another run took the lock at the same moment; stop one of the two")
+        self._thread = threading.Thread(target=self._beat, name="run-lock-heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def check(self) -> None:
+        """Raises WorkdirError if the lock was lost or its heartbeat cannot be written; cheap, meant for every step."""
+        if self._fault is not None:
+            raise WorkdirError(self._fault)
+
+    def release(self) -> None:
+        """Stops the heartbeat and removes the lock if it is still ours."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        with _guard(self._path):
+            if self._owner_token() == self._record["token"]:
+                self._path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _create(self) -> None:
+        # O_EXCL guards against a file system that ignores flock between hosts.
+        try:
+            descriptor = os.open(os.fspath(self._path), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            raise WorkdirError(f"{self._path}: another run took the lock at the same moment; stop one of the two") from None
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(self._record))
+
+    def _owner_token(self) -> str | None:
+        holder = _read_lock(self._path)
+        return None if holder is None else holder.get("token")
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            try:
+                with _guard(self._path):
+                    if self._owner_token() != self._record["token"]:
+                        self._fault = f"{self._path}: the lock of this run was taken over or removed; stopping so that two runs do not mix"
+                        return
+                    self._record["heartbeat"] = time.time()
+                    write_atomically(self._path, json.dumps(self._record))
+            except OSError as error:
+                # One failed beat is no reason to stop; the limit is the point at which others may take over.
+                if time.time() - self._record["heartbeat"] > STALE_AFTER_S:
+                    self._fault = f"{self._path}: the heartbeat could not be written for {STALE_AFTER_S:.0f} s ({error})"
+                    return
+
+
+@contextlib.contextmanager
+def _guard(path: epath.Path) -> Iterator[None]:
+    """Serialises check-and-write of a local lock file between processes; freed by the kernel when one dies."""
+    if not is_local(path):
+        yield
+        return
+    with open(f"{os.fspath(path)}.guard", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read_lock(path: epath.Path) -> dict[str, Any] | None:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError:
+        record = None
+    if isinstance(record, dict):
+        return record
+    # Torn by a kill while it was created: the time of the file stands for the heartbeat.
+    return {"heartbeat": path.stat().mtime}
+
+
+def _is_stale(holder: Mapping[str, Any]) -> bool:
+    if time.time() - float(holder.get("heartbeat", 0.0)) > STALE_AFTER_S:
+        return True
+    if holder.get("host") != socket.gethostname() or holder.get("namespace", _process_namespace()) != _process_namespace():
+        return False  # its pid says nothing here
+    pid = holder.get("pid")
+    if not isinstance(pid, int):
+        return False
+    start = _process_start(pid)
+    return start is None or ("process_start" in holder and start != holder["process_start"])
+
+
+def _refusal(path: epath.Path, holder: Mapping[str, Any]) -> str:
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("started", holder.get("heartbeat", 0.0)))))
+    age = time.time() - float(holder.get("heartbeat", 0.0))
+    return (
+        f"--workdir {path.parent}: in use by another run (host {holder.get('host', 'unknown')}, pid {holder.get('pid', 'unknown')}, "
+        f"started {started}, last heartbeat {age:.0f} s ago); stop it, or choose another --workdir. "
+        f"A lock without a heartbeat for {STALE_AFTER_S:.0f} s is taken over by itself ({path})"
+    )
+
+
+def _process_namespace() -> str:
+    """Identifies the boot and pid namespace: only inside one of them does a pid name a process."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return "unknown"
+
+
+def _process_start(pid: int) -> int | None:
+    """Start of a live process in clock ticks since boot; 0 where the system does not tell; None if it is dead."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        # Field 3 is the state, field 22 the start; a zombie has ended and holds nothing.
+        return None if fields[0] in "ZX" else int(fields[19])
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return 0
+    return 0
