@@ -27,31 +27,37 @@ def abandoned_lock(workdir, **changes):
 
 
 def test_second_run_is_refused_and_told_who_holds_the_lock(tmp_path):
-    with RunLock(tmp_path):
-        with pytest.raises(WorkdirError, match=f"host {socket.gethostname()}, pid {os.getpid()}, started"):
-            RunLock(tmp_path).acquire()
+    refusal = pytest.raises(WorkdirError, match=f"host {socket.gethostname()}, pid {os.getpid()}, started")
+    with RunLock(tmp_path), refusal:
+        RunLock(tmp_path).acquire()
     with RunLock(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "lock.json").exists()
 
 
 def test_lock_of_a_killed_process_is_taken_over(tmp_path):
-    code = f"import os, signal; from unihetero_jax.workdir import RunLock; RunLock({str(tmp_path)!r}).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+    code = (
+        "import os, signal; from unihetero_jax.workdir import RunLock; "
+        f"RunLock({str(tmp_path)!r}).acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     killed = json.loads((tmp_path / "lock.json").read_text())
     with RunLock(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["token"] != killed["token"]
 
 
-@pytest.mark.parametrize(("changes", "stale"), [
-    ({}, False),
-    ({"process_start": 1}, True),  # the pid was reused by a later process
-    ({"heartbeat": time.time() - 130}, True),
-    ({"host": "elsewhere", "pid": 2**22 + 1}, False),  # a pid of another host says nothing here
-    ({"namespace": "another container", "pid": 2**22 + 1}, False),
-    ({"host": "elsewhere", "heartbeat": time.time() - 130}, True),
-    ({"pid": 2**22 + 1}, True),
-])
+@pytest.mark.parametrize(
+    ("changes", "stale"),
+    [
+        ({}, False),
+        ({"process_start": 1}, True),  # the pid was reused by a later process
+        ({"heartbeat": time.time() - 130}, True),
+        ({"host": "elsewhere", "pid": 2**22 + 1}, False),  # a pid of another host says nothing here
+        ({"namespace": "another container", "pid": 2**22 + 1}, False),
+        ({"host": "elsewhere", "heartbeat": time.time() - 130}, True),
+        ({"pid": 2**22 + 1}, True),
+    ],
+)
 def test_staleness(tmp_path, changes, stale):
     abandoned_lock(tmp_path, **changes)
     if stale:

@@ -152,7 +152,9 @@ class RunLock:
         try:
             descriptor = os.open(os.fspath(self._path), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            raise WorkdirError(f"{self._path}: another run took the lock at the same moment; stop one of the two") from None
+            raise WorkdirError(
+                f"{self._path}: another run took the lock at the same moment; stop one of the two"
+            ) from None
         with os.fdopen(descriptor, "w") as file:
             file.write(json.dumps(self._record))
 
@@ -165,14 +167,16 @@ class RunLock:
             try:
                 with _guard(self._path):
                     if self._owner_token() != self._record["token"]:
-                        self._fault = f"{self._path}: the lock of this run was taken over or removed; stopping so that two runs do not mix"
+                        self._fault = f"{self._path}: this run's lock was taken over or removed; two runs must not mix"
                         return
                     self._record["heartbeat"] = time.time()
                     write_atomically(self._path, json.dumps(self._record))
             except OSError as error:
                 # One failed beat is no reason to stop; the limit is the point at which others may take over.
                 if time.time() - self._record["heartbeat"] > STALE_AFTER_S:
-                    self._fault = f"{self._path}: the heartbeat could not be written for {STALE_AFTER_S:.0f} s ({error})"
+                    self._fault = (
+                        f"{self._path}: the heartbeat could not be written for {STALE_AFTER_S:.0f} s ({error})"
+                    )
                     return
 
 
@@ -205,7 +209,10 @@ def _read_lock(path: epath.Path) -> dict[str, Any] | None:
 def _is_stale(holder: Mapping[str, Any]) -> bool:
     if time.time() - float(holder.get("heartbeat", 0.0)) > STALE_AFTER_S:
         return True
-    if holder.get("host") != socket.gethostname() or holder.get("namespace", _process_namespace()) != _process_namespace():
+    if (
+        holder.get("host") != socket.gethostname()
+        or holder.get("namespace", _process_namespace()) != _process_namespace()
+    ):
         return False  # its pid says nothing here
     pid = holder.get("pid")
     if not isinstance(pid, int):
@@ -215,10 +222,13 @@ def _is_stale(holder: Mapping[str, Any]) -> bool:
 
 
 def _refusal(path: epath.Path, holder: Mapping[str, Any]) -> str:
-    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("started", holder.get("heartbeat", 0.0)))))
+    started = time.strftime(
+        "%Y-%m-%d %H:%M:%S", time.localtime(float(holder.get("started", holder.get("heartbeat", 0.0))))
+    )
     age = time.time() - float(holder.get("heartbeat", 0.0))
     return (
-        f"--workdir {path.parent}: in use by another run (host {holder.get('host', 'unknown')}, pid {holder.get('pid', 'unknown')}, "
+        f"--workdir {path.parent}: in use by another run (host {holder.get('host', 'unknown')}, "
+        f"pid {holder.get('pid', 'unknown')}, "
         f"started {started}, last heartbeat {age:.0f} s ago); stop it, or choose another --workdir. "
         f"A lock without a heartbeat for {STALE_AFTER_S:.0f} s is taken over by itself ({path})"
     )

@@ -126,11 +126,16 @@ def deserialize(data: bytes) -> Record:
         raise RecordError("not_a_record", str(error)) from error
     if version != RECORD_VERSION:
         raise RecordError("record_version", f"record has version {version}, this program reads {RECORD_VERSION}")
-    segments = tuple(
-        ImageSegment(s["i"], s["h"], s["w"]) if "i" in s else TextSegment(s["t"], s["l"], s["b"])
-        for s in body["segments"]
-    )
-    return Record(body["source"], body["kind"], segments, body["meta"])
+    try:
+        segments = tuple(
+            ImageSegment(s["i"], s["h"], s["w"]) if "i" in s else TextSegment(s["t"], s["l"], s["b"])
+            for s in body["segments"]
+        )
+        return Record(body["source"], body["kind"], segments, dict(body["meta"]))
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, RecordError):
+            raise
+        raise RecordError("not_a_record", f"{type(error).__name__}: {error}") from error
 
 
 def content_hash(data: bytes) -> int:

@@ -116,18 +116,24 @@ def _read_items(path: Path, text: str, images: "ImageStore", skipped: Counter[st
     if suffix == ".tsv":
         return _read_mmbench(path, text, images, skipped)
     if suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: unknown benchmark format {suffix!r}; expected .tsv (MMBench), .json (SEED-Bench) or .jsonl (POPE)")
+        raise ValueError(
+            f"{path}: unknown benchmark format {suffix!r}; expected .tsv (MMBench), .json (SEED-Bench) or .jsonl (POPE)"
+        )
     if suffix == ".json":
         try:
             document = json.loads(text)
         except json.JSONDecodeError as error:
             first_line = text.lstrip().split("\n", 1)[0]
             if not _is_json_object(first_line):
-                raise ValueError(f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+                raise ValueError(
+                    f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg})"
+                ) from error
         else:
             if isinstance(document, dict) and "questions" in document:
                 return _read_seed_bench(path, document, images, skipped)
-            raise ValueError(f"{path}: a JSON object with 'questions' (SEED-Bench) or one object per line (POPE) was expected")
+            raise ValueError(
+                f"{path}: a JSON object with 'questions' (SEED-Bench) or one object per line (POPE) was expected"
+            )
     return _read_pope(path, text, images)
 
 
@@ -173,7 +179,8 @@ def _read_mmbench(path: Path, text: str, images: "ImageStore", skipped: Counter[
         letter = row["answer"].strip()
         if letter not in OPTION_LETTERS[: len(options)] or len(letter) != 1:
             remedy = "; a TEST file has no answers and cannot be scored here" if not letter else ""
-            raise ValueError(f"{place}, column answer: expected one of {', '.join(OPTION_LETTERS[: len(options)])}, got {letter!r}{remedy}")
+            letters = ", ".join(OPTION_LETTERS[: len(options)])
+            raise ValueError(f"{place}, column answer: expected one of {letters}, got {letter!r}{remedy}")
         yield Item(
             index=index,
             question=_required_text(place, "question", row["question"]),
@@ -195,7 +202,9 @@ def _tsv_rows(path: Path, text: str) -> list[dict[str, str]]:
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise ValueError(f"{path}: row {number} (line {reader.line_num}) has {len(cells)} cells, the header has {len(header)}")
+                raise ValueError(
+                    f"{path}: row {number} (line {reader.line_num}) has {len(cells)} cells, the header {len(header)}"
+                )
             rows.append(dict(zip(header, cells, strict=True)))
     except csv.Error as error:
         raise ValueError(f"{path}: not a tab-separated table with csv quoting: {error}") from error
@@ -207,14 +216,18 @@ def _tsv_rows(path: Path, text: str) -> list[dict[str, str]]:
 def _require_columns(path: Path, columns: set[str], needed: tuple[str, ...]) -> None:
     missing = [name for name in needed if name not in columns]
     if missing:
-        raise ValueError(f"{path}: missing column {', '.join(missing)}; found: {', '.join(sorted(columns)) or 'no rows'}")
+        raise ValueError(
+            f"{path}: missing column {', '.join(missing)}; found: {', '.join(sorted(columns)) or 'no rows'}"
+        )
 
 
 def _mmbench_options(place: str, row: Mapping[str, str]) -> tuple[str, ...]:
     cells = [row.get(letter, "").strip() for letter in OPTION_LETTERS]
     count = next((i for i, cell in enumerate(cells) if not cell), len(cells))
     if any(cells[count:]):
-        raise ValueError(f"{place}, column {OPTION_LETTERS[count]}: empty, but a later option is not; options must be contiguous from A")
+        raise ValueError(
+            f"{place}, column {OPTION_LETTERS[count]}: empty, but a later option is not; fill options from A on"
+        )
     if count == 1:
         raise ValueError(f"{place}, column {OPTION_LETTERS[count]}: empty; a question needs at least two options")
     return tuple(cells[:count])
@@ -228,7 +241,9 @@ def _mmbench_image(place: str, row: Mapping[str, str], cells: Mapping[str, str],
     if len(cell) <= MAX_REFERENCE_CHARS:
         referred = cells.get(cell, "").strip()
         if len(referred) <= MAX_REFERENCE_CHARS:
-            raise ValueError(f"{place}, column image: {cell!r} should be the index of a row that holds a picture, and is not")
+            raise ValueError(
+                f"{place}, column image: {cell!r} should be the index of a row that holds a picture, and is not"
+            )
         cell = referred
     return images.decoded(cell, f"{place}, column image")
 
@@ -240,7 +255,9 @@ def _is_list(cell: str) -> bool:
 # ---------------------------------------------------------------- SEED-Bench
 
 
-def _read_seed_bench(path: Path, document: Mapping[str, Any], images: "ImageStore", skipped: Counter[str]) -> Iterator[Item]:
+def _read_seed_bench(
+    path: Path, document: Mapping[str, Any], images: "ImageStore", skipped: Counter[str]
+) -> Iterator[Item]:
     names = {number: name for name, number in document.get("question_type", {}).items()}
     questions = document["questions"]
     if not isinstance(questions, list):
@@ -250,7 +267,9 @@ def _read_seed_bench(path: Path, document: Mapping[str, Any], images: "ImageStor
         if not isinstance(question, dict):
             raise ValueError(f"{place}: expected an object, got {question!r:.80}")
         kind = _field(place, question, "question_type_id")
-        if question.get("data_type", "image") == "video" or (isinstance(kind, int) and FIRST_VIDEO_TYPE <= kind <= LAST_VIDEO_TYPE):
+        if question.get("data_type", "image") == "video" or (
+            isinstance(kind, int) and FIRST_VIDEO_TYPE <= kind <= LAST_VIDEO_TYPE
+        ):
             skipped[VIDEO] += 1
             continue
         data_id = _field(place, question, "data_id")
@@ -320,8 +339,8 @@ class ImageStore:
     """Finds pictures by name in the folders and zips beside a questions file; each is held once, however often asked.
 
     Looked through, in this order: the questions file's folder, folders `images*` beside it, zips `images*.zip` beside
-    it, any other zip beside it. A name may lack its extension (SEED-Bench's `data_id`); in a zip it may lack the leading
-    folders as long as only one picture answers to it.
+    it, any other zip beside it. A name may lack its extension (SEED-Bench's `data_id`); in a zip it may lack the
+    leading folders as long as only one picture answers to it.
     """
 
     def __init__(self, folder: Path):
@@ -377,14 +396,20 @@ class ImageStore:
         for archive in self._archives:
             members = archive.members(name)
             if len(members) > 1:
-                raise ValueError(f"{place}: picture {name!r} is ambiguous in {archive.file.filename}: {', '.join(sorted(members))}")
+                raise ValueError(
+                    f"{place}: picture {name!r} is ambiguous in {archive.file.filename}: {', '.join(sorted(members))}"
+                )
             for member in members:
                 try:
                     return archive.file.read(member)
                 except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
-                    raise ValueError(f"{place}: picture {member!r} cannot be read from {archive.file.filename}: {error}") from error
+                    raise ValueError(
+                        f"{place}: picture {member!r} cannot be read from {archive.file.filename}: {error}"
+                    ) from error
         looked = ", ".join(str(p) for p in (*self._folders, *self._zip_paths))
-        raise ValueError(f"{place}: picture {name!r} not found; looked in {looked}. Put a folder images_* or images_*.zip beside the file")
+        raise ValueError(
+            f"{place}: picture {name!r} not found; looked in {looked}. Put images/ or images.zip beside the file"
+        )
 
 
 def _open_archive(path: Path) -> "_Archive":

@@ -17,9 +17,19 @@ import numpy as np
 from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.records import PROMPT_TEMPLATE
 from unihetero_jax.data.tokenizer import Tokenizer
-from unihetero_jax.evaluation.benchmarks import OPTION_LETTERS, Benchmark, read_benchmark
+from unihetero_jax.evaluation.benchmarks import (
+    OPTION_LETTERS,
+    Benchmark,
+    read_benchmark,
+)
 from unihetero_jax.evaluation.multiple_choice import score_items
-from unihetero_jax.evaluation.scoring import OptionScores, hits, summarize, summarize_by_category, yes_no_metrics
+from unihetero_jax.evaluation.scoring import (
+    OptionScores,
+    hits,
+    summarize,
+    summarize_by_category,
+    yes_no_metrics,
+)
 
 RESULT_VERSION = 1
 SCORER_RULE = "likelihood, sum of log-probabilities of the option text"
@@ -43,8 +53,14 @@ def select_benchmarks(configured: Mapping[str, str], requested: Sequence[str]) -
         name, path = (Path(request).stem, request) if is_path else (request, configured.get(request))
         if path is None:
             close = difflib.get_close_matches(request, configured, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"configured (eval.benchmarks): {', '.join(configured) or 'none'}"
-            raise ValueError(f"unknown benchmark {request!r}; {hint} A path of a .tsv, .json or .jsonl file works too")
+            hint = (
+                f"did you mean {close[0]!r}"
+                if close
+                else f"configured (eval.benchmarks): {', '.join(configured) or 'none'}"
+            )
+            raise ValueError(
+                f"unknown benchmark {request!r}; {hint}. The path of a .tsv, .json or .jsonl file works too"
+            )
         if name in selected:
             raise ValueError(f"benchmark {name!r} is asked for twice; name each once")
         selected[name] = path
@@ -80,19 +96,25 @@ def evaluate(
         name -> the content of its result file.
 
     Raises:
-        ValueError: no benchmark, a name unfit for a file name, or a faulty file. All files are read before any is scored.
+        ValueError: no benchmark, a name unfit for a file name, or a faulty file. All are read before any is scored.
     """
     if not benchmarks:
-        raise ValueError("no benchmark to evaluate: set eval.benchmarks in the config, or give the path of a questions file")
+        raise ValueError(
+            "no benchmark to evaluate: set eval.benchmarks in the config, or give the path of a questions file"
+        )
     for name in benchmarks:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise ValueError(f"benchmark name {name!r}: use letters, digits, '_', '-' and '.'; it names the result file")
+            raise ValueError(
+                f"benchmark name {name!r}: use letters, digits, '_', '-' and '.'; it names the result file"
+            )
     files = {name: read_benchmark(path) for name, path in benchmarks.items()}
     results = {}
     for name, benchmark in files.items():
         report = (lambda done, total, name=name: on_progress(name, done, total)) if on_progress else None
         scores = score_items(benchmark.items, tokenizer, config, log_probs, on_progress=report)
-        blind = score_items(benchmark.items, tokenizer, config, log_probs, without_image=True) if without_image else None
+        blind = (
+            score_items(benchmark.items, tokenizer, config, log_probs, without_image=True) if without_image else None
+        )
         results[name] = _result(name, benchmark, scores, blind, config, step)
         if output_dir is not None:
             _write_json(Path(output_dir) / f"{name}-{step}.json", results[name])
@@ -187,7 +209,9 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
-    notes = ["blind floor: best guess from question and options alone, fitted on this file; held out: the same, cross-fitted"]
+    notes = [
+        "blind floor: best guess from question and options alone, fitted on this file; held out: the same, cross-fitted"
+    ]
     if result["yes_no"]:
         notes.append("yes/no: " + ", ".join(f"{key} {value:.3f}" for key, value in result["yes_no"].items()))
     if result["overall"]["num_unscored"]:

@@ -25,7 +25,7 @@ class OptionScores:
     """What the model gave to the options of one item.
 
     Attributes:
-        sum_log_probs: per option, the sum of log p(token | image, question, earlier tokens) over the option's tokens, nats.
+        sum_log_probs: per option, log p(token | image, question, earlier tokens) summed over its tokens, in nats.
         num_tokens: per option, how many tokens that sum has.
         unscored: why the item could not be scored; empty when it was. Such an item has no numbers and counts as a miss.
     """

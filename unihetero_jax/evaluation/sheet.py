@@ -71,7 +71,9 @@ def draw_sheet(entries: Sequence[SheetEntry], path: str | Path, *, title: str = 
         raise ValueError("a sheet needs at least one scene")
     for number, entry in enumerate(entries):
         if entry.image.dtype != np.uint8 or entry.image.ndim != 3 or entry.image.shape[2] != 3:
-            raise ValueError(f"scene {number}: expected uint8[height, width, 3], got {entry.image.dtype}{list(entry.image.shape)}")
+            raise ValueError(
+                f"scene {number}: expected uint8[height, width, 3], got {entry.image.dtype}{list(entry.image.shape)}"
+            )
     cards = [_draw_card(entry) for entry in entries]
     rows = [cards[i : i + COLUMNS] for i in range(0, len(cards), COLUMNS)]
     heights = [max(card.height for card in row) for row in rows]
@@ -98,7 +100,11 @@ def _draw_header(draw: ImageDraw.ImageDraw, entries: Sequence[SheetEntry], title
     x, y = MARGIN * SCALE, (MARGIN - 6) * SCALE
     draw.text((x, y), title, INK, _font(TITLE_SIZE, bold=True))
     y += (TITLE_SIZE + 9) * SCALE
-    for words, colour in ((f"{right} of {len(asked)} questions answered right", MUTED), ("    green: right", RIGHT), ("    red: wrong", WRONG)):
+    for words, colour in (
+        (f"{right} of {len(asked)} questions answered right", MUTED),
+        ("    green: right", RIGHT),
+        ("    red: wrong", WRONG),
+    ):
         draw.text((x, y), words, colour, _font(LABEL_SIZE + 2))
         x += round(_font(LABEL_SIZE + 2).getlength(words))
 
@@ -115,7 +121,11 @@ def _draw_card(entry: SheetEntry) -> Image.Image:
     picture = _upscaled(entry.image)
     corner = ((PADDING * SCALE + (PICTURE * SCALE - picture.width) // 2), PADDING * SCALE)
     card.paste(picture, corner)
-    draw.rectangle((corner[0] - 1, corner[1] - 1, corner[0] + picture.width, corner[1] + picture.height), outline=BORDER, width=SCALE)
+    draw.rectangle(
+        (corner[0] - 1, corner[1] - 1, corner[0] + picture.width, corner[1] + picture.height),
+        outline=BORDER,
+        width=SCALE,
+    )
     y = PADDING * SCALE
     for line, parts in wrapped:
         y += line.above * SCALE
@@ -136,7 +146,9 @@ def _card_lines(entry: SheetEntry) -> list[_Line]:
     if entry.questions:
         lines.append(_Line("QUESTIONS", label, MUTED, 14))
     for question in entry.questions:
-        answer = question.predicted if question.is_right else f"{question.predicted or '(none)'}   (true: {question.answer})"
+        answer = (
+            question.predicted if question.is_right else f"{question.predicted or '(none)'}   (true: {question.answer})"
+        )
         lines.append(_Line(question.question, text, INK, 7))
         lines.append(_Line(answer.strip(), bold, RIGHT if question.is_right else WRONG, 1))
     return lines

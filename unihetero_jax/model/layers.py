@@ -15,6 +15,9 @@ from unihetero_jax.config import Remat
 
 Module = TypeVar("Module", bound=nnx.Module)
 
+UNROLL_UP_TO = 4
+"""Stacks of at most this many layers are unrolled: a fifth faster on CPUs, and compile time only grows with depth."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ParamKeys:
@@ -52,7 +55,8 @@ class Linear(nnx.Module):
 
     @typechecked
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        # One flat row dimension: with several, XLA's CPU backend computes the kernel's gradient far slower.
+        y = (x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -136,7 +140,9 @@ def scan_layers(blocks: nnx.Module, carry: Any, call: Callable[..., Any], remat:
         layer_state, layer_input = scanned
         return call(nnx.merge(graphdef, layer_state), carry, layer_input)
 
-    return jax.lax.scan(_rematerialised(body, remat), carry, (state, per_layer))
+    num_layers = jax.tree.leaves(state)[0].shape[0]
+    unroll = num_layers if num_layers <= UNROLL_UP_TO else 1
+    return jax.lax.scan(_rematerialised(body, remat), carry, (state, per_layer), unroll=unroll)
 
 
 def _rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:

@@ -1,0 +1,63 @@
+# Every target sets itself up: `make demo` works on a machine with only Python >= 3.11, make and a C compiler.
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= ../shared/data
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+TORCH := torch==2.13.0
+WORKERS ?= 2
+
+# Compiled steps are kept between runs and shared by the subprocesses of the tests.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-compare real test test-all lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## create .venv and install the project with pinned dependencies
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is too old: Python >= 3.11 is needed; name one with PYTHON=..., e.g. make install PYTHON=python3.12"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
+	  rm -rf $(VENV); echo "python venv is missing; on Debian: apt install python3-venv"; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## train on the scene world, evaluate, caption four scenes: runs/demo
+	$(PY) -m experiments.demo --workdir=runs/demo
+
+demo-compare: $(STAMP) ## the demo, with and without a visual loss at equal budget
+	$(PY) -m experiments.demo --workdir=runs/demo --compare
+
+real: $(STAMP) ## real data from DATA=folder (default ../shared/data): convert, train, evaluate
+	@test -d '$(DATA)' || { echo "make real: there is no folder $(DATA); name the one with the raw data: make real DATA=/path/to/data"; exit 1; }
+	$(PY) -m data_pipelines.prepare --raw='$(DATA)' --out=data/real
+	$(PY) -m unihetero_jax train --config=experiments/real_small.py --workdir=runs/real
+
+test: $(STAMP) ## the default test suite (under 6 minutes on 2 cores)
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal
+
+test-all: $(STAMP) ## with the slow tests: random kills, collapse training
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m ''
+
+lint: $(STAMP) ## ruff and pyright
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(PY)
+
+format: $(STAMP) ## let ruff fix and format
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(STAMP) ## loader and train step against PyTorch: benchmarks/results (installs torch)
+	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -c constraints.txt '$(TORCH)'
+	$(PY) -m benchmarks.loader
+	$(PY) -m benchmarks.train_step
+
+clean: ## remove what was installed and compiled; runs and data stay
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache

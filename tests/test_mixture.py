@@ -1,0 +1,478 @@
+"""The stream: a function of the configuration alone, exact after any restart, the same on any number of processes."""
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from experiments import base
+from unihetero_jax.config import from_config_dict
+from unihetero_jax.data import mixture, records
+from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment
+from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
+
+SPEC = ImageSpec(8, 4, 36)
+WORDS = "red blue green square circle triangle left right above below small large a is the".split()
+
+
+def png(height, width, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def make_records(name, count):
+    """Text, read images and generated images of many aspect ratios; ids are in the text so that samples are told apart."""
+    made = []
+    for i in range(count):
+        rng = np.random.default_rng([count, i])
+        text = f"{name} {i} " + " ".join(rng.choice(WORDS, rng.integers(1, 30)))
+        height, width = (int(side) for side in rng.integers(16, 60, 2))
+        image = ImageSegment(png(height, width, i), height, width)
+        segments = [(TextSegment(text, True),), (image, TextSegment(text), TextSegment(" red", True)),
+                    (TextSegment(text, True), image)][i % 3]
+        made.append(Record(name, "caption", segments, {"id": i}))
+    return made
+
+
+def write_source(folder, name, tokenizer, splits, spec=SPEC, num_files=2):
+    """A prepared folder as the preparation writes it."""
+    folder.mkdir(parents=True)
+    (folder / "index").mkdir()
+    files = {}
+    for split, items in splits.items():
+        costs = [records.record_cost(record, tokenizer.encode, spec) for record in items]
+        index = np.zeros(len(items), records.INDEX_DTYPE)
+        for i, (record, (tokens, patches)) in enumerate(zip(items, costs, strict=True)):
+            index[i] = (tokens, patches, sum(isinstance(s, ImageSegment) for s in record.segments), 0)
+        np.save(folder / "index" / f"{records.index_key(tokenizer.hash, spec)}.{split}.npy", index)
+        for number, part in enumerate(np.array_split(np.arange(len(items)), num_files)):
+            path = folder / f"{split}-{number:05d}-of-{num_files:05d}.array_record"
+            writer = ArrayRecordWriter(str(path), "group_size:1")
+            for i in part:
+                writer.write(records.serialize(items[i]))
+            writer.close()
+            files[path.name] = {"bytes": path.stat().st_size, "digest": hashlib.blake2b(path.read_bytes()).hexdigest()}
+    manifest = {"record_version": records.RECORD_VERSION, "source": name, "files": files, "dropped": {}, "licence": "",
+                "num_records": {split: len(items) for split, items in splits.items()}, "settings": {}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer((" ".join(WORDS) + f" {i}" for i in range(50)), 320, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return load_tokenizer(tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer):
+    root = tmp_path_factory.mktemp("prepared")
+    write_source(root / "a", "a", tokenizer, {"train": make_records("a", 70), "val": make_records("v", 23)})
+    write_source(root / "b", "b", tokenizer, {"train": make_records("b", 31), "val": []})
+    return root
+
+
+def make_config(folders, tokenizer_folder, **overrides):
+    config = base.get_config()
+    config.data.sources = {"a": {"path": str(folders / "a"), "weight": 3.0, "augment": "mirror_shift"},
+                           "b": {"path": str(folders / "b"), "weight": 1.0, "augment": "none"}}
+    config.data.tokenizer = str(tokenizer_folder)
+    config.data.update(row_tokens=160, row_patches=144, image_min_patches=SPEC.min_patches, window_size=40,
+                       image_max_patches=SPEC.max_patches, num_data_shards=4, max_failed_share=0.5)
+    config.train.global_batch_rows = 8
+    config.eval.batch_rows = 4
+    for path, value in overrides.items():
+        section, field = path.split("__")
+        config[section][field] = value
+    return from_config_dict(config)
+
+
+def take(iterator, count):
+    try:
+        return [next(iterator) for _ in range(count)]
+    finally:
+        iterator.close()
+
+
+def assert_same(left, right):
+    assert [b.sample_ids for b in left] == [b.sample_ids for b in right]
+    for a, b in zip(left, right, strict=True):
+        assert a.counters == b.counters
+        for name, value in a.arrays.items():
+            np.testing.assert_array_equal(value, b.arrays[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def reference(folders, tokenizer, tokenizer_folder):
+    """24 batches, more than two windows of every shard, and the state after each."""
+    iterator = mixture.make_train_iterator(make_config(folders, tokenizer_folder), tokenizer)
+    states, batches = [iterator.get_state()], []
+    for _ in range(24):
+        batches.append(next(iterator))
+        states.append(iterator.get_state())
+    iterator.close()
+    assert (states[-1]["position"][:, 0] >= 2).all()
+    return batches, states
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (1, 4), (2, 4)])
+def test_stream_does_not_depend_on_threads_or_prefetch(folders, tokenizer, tokenizer_folder, reference, threads, prefetch):
+    config = make_config(folders, tokenizer_folder, data__num_threads=threads, data__prefetch_batches=prefetch)
+    iterator = mixture.make_train_iterator(config, tokenizer)
+    batches = [next(iterator) for _ in range(24)]
+    np.testing.assert_array_equal(iterator.get_state()["position"], reference[1][24]["position"])
+    iterator.close()
+    assert_same(batches, reference[0])
+
+
+def test_restores_after_every_batch(folders, tokenizer, tokenizer_folder, reference):
+    batches, states = reference
+    iterator = mixture.make_train_iterator(make_config(folders, tokenizer_folder), tokenizer)
+    for after in (23, 0, 11, 5, 6, 7, 8, 9, 1, 17):
+        iterator.set_state(states[after])
+        np.testing.assert_array_equal(iterator.get_state()["position"], states[after]["position"])
+        following = [next(iterator) for _ in range(min(2, 24 - after))]
+        assert_same(following, batches[after:after + 2])
+    iterator.close()
+    for after in range(0, 24, 6):
+        fresh = mixture.make_train_iterator(make_config(folders, tokenizer_folder), tokenizer)
+        fresh.set_state(states[after])
+        assert_same(take(fresh, 1), batches[after:after + 1])
+
+
+@pytest.mark.parametrize(("shards", "batch_rows", "parts"), [
+    (4, 8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    (4, 8, [[7, 0], [1, 2, 3], [4, 5, 6]]),
+    (2, 8, [[0], [1, 2, 3, 4, 5], [6, 7]]),
+    (8, 4, [[0, 1], [2, 3]]),
+    (6, 3, [[0], [1], [2]]),
+])
+def test_processes_together_make_the_whole(folders, tokenizer, tokenizer_folder, shards, batch_rows, parts):
+    config = make_config(folders, tokenizer_folder, data__num_data_shards=shards, train__global_batch_rows=batch_rows)
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_rows=4))
+    whole = mixture.make_train_iterator(config, tokenizer)
+    split = [mixture.make_train_iterator(config, tokenizer, rows=rows) for rows in parts]
+    for step in range(14):
+        expected, found = next(whole), [next(iterator) for iterator in split]
+        for rows, batch in zip(parts, found, strict=True):
+            for name, value in batch.arrays.items():
+                np.testing.assert_array_equal(value, expected.arrays[name][rows], err_msg=f"{step} {name}")
+        for key in ("samples/a", "tokens/b", "pad_tokens", "dropped/a"):
+            assert sum(batch.counters[key] for batch in found) == expected.counters[key]
+    merged = mixture.merge_positions([iterator.get_state()["position"] for iterator in split])
+    np.testing.assert_array_equal(merged, whole.get_state()["position"])
+    state = {"position": merged, "batch": split[0].get_state()["batch"]}
+    expected = next(whole)
+    split[0].set_state(state)
+    found = next(split[0])
+    np.testing.assert_array_equal(found.arrays["row_hash"], expected.arrays["row_hash"][parts[0]])
+    for iterator in (whole, *split):
+        iterator.close()
+
+
+def test_shards_of_a_batch():
+    assert mixture.batch_shards(5, 8, 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert mixture.batch_shards(0, 2, 6).tolist() == [0, 1]
+    assert mixture.batch_shards(4, 2, 6).tolist() == [2, 3]
+    assert mixture.batch_shards(3, 4, 4).tolist() == [0, 1, 2, 3]
+
+
+def lengths(count, tokens=10):
+    index = np.zeros(count, records.INDEX_DTYPE)
+    index["num_tokens"] = tokens
+    return index
+
+
+def make_planner(sizes, weights, window=64, shards=2, seed=0):
+    return mixture.WindowPlanner({name: lengths(size) for name, size in sizes.items()}, weights, seed, 128, 8, shards, window)
+
+
+def test_weights_hold_exactly_and_evenly():
+    schedule = mixture.source_schedule({"x": 7.0, "y": 2.0, "z": 1.0})
+    assert np.bincount(schedule).tolist() == [7000, 2000, 1000]
+    for start in range(0, 10_000, 1000):
+        assert np.abs(np.bincount(schedule[start:start + 1000]) - [700, 200, 100]).max() <= 1
+    reordered = mixture.source_schedule({"z": 1.0, "x": 7.0, "y": 2.0})
+    assert (np.asarray([1, 2, 0])[schedule] == reordered).all()
+    tiny = np.bincount(mixture.source_schedule({"big": 1e9, "small": 1.0, "other": 1.0}))
+    assert tiny.tolist() == [9998, 1, 1]
+
+
+def test_every_record_once_per_epoch():
+    sizes = {"a": 2500, "b": 7}
+    planner = make_planner(sizes, {"a": 1.0, "b": 1.0})
+    sources, numbers, epochs = planner.draws(0, 15_000)
+    for source, size in enumerate(sizes.values()):
+        mine = numbers[sources == source]
+        assert (epochs[sources == source] == np.arange(7500) // size).all()
+        for epoch in range(len(mine) // size):
+            assert sorted(mine[epoch * size:(epoch + 1) * size].tolist()) == list(range(size))
+    first, second = numbers[sources == 0][:2500], numbers[sources == 0][2500:5000]
+    assert (first != second).mean() > 0.9
+    assert (first != np.arange(2500)).mean() > 0.9
+
+
+def test_draws_are_the_same_however_they_are_cut():
+    planner = make_planner({"a": 3000, "b": 1024, "c": 1}, {"a": 5.0, "b": 1.0, "c": 0.5})
+    whole = planner.draws(0, 23_000)
+    for start, stop in itertools.pairwise([0, 1, 63, 1024, 9_999, 10_001, 12_345, 23_000]):
+        for part, full in zip(planner.draws(start, stop), whole, strict=True):
+            np.testing.assert_array_equal(part, full[start:stop])
+
+
+def test_adding_a_source_moves_no_other():
+    def order(planner, source):
+        sources, numbers, _ = planner.draws(0, 30_000)
+        return numbers[sources == source][:3000].tolist()
+    alone = make_planner({"a": 3000}, {"a": 1.0})
+    both = make_planner({"new": 50, "a": 3000}, {"new": 1.0, "a": 4.0})
+    assert order(alone, 0) == order(both, 1)
+    assert order(alone, 0) != order(make_planner({"a": 3000}, {"a": 1.0}, seed=1), 0)
+
+
+def test_reads_stay_in_blocks():
+    numbers = make_planner({"a": 100_000}, {"a": 1.0}).draws(0, 10 * 1024)[1]
+    assert all(len(set((numbers[i:i + 1024] // 1024).tolist())) <= 2 for i in range(0, len(numbers), 1024))
+
+
+def test_windows_cover_the_draws_once():
+    planner = make_planner({"a": 3000}, {"a": 1.0}, window=100, shards=3)
+    seen = []
+    for window in range(5):
+        for shard in range(3):
+            plan = planner.plan(shard, window)
+            assert sorted(itertools.chain(*plan.rows)) == list(range(100))
+            seen += plan.records.tolist()
+    assert seen == planner.draws(0, 1500)[1].tolist()
+
+
+def test_plans_far_away_cost_the_same():
+    planner = make_planner({"a": 1_000_000, "b": 999}, {"a": 3.0, "b": 1.0}, window=2048)
+    planner.plan(0, 0)
+
+    def best(window):
+        times = []
+        for attempt in range(3):
+            start = time.perf_counter()
+            planner.plan(0, window + attempt)
+            times.append(time.perf_counter() - start)
+        return min(times)
+    near, far = best(1), best(10**6)
+    assert far < 4 * near + 0.05
+
+
+def test_too_long_records_are_dropped_and_counted(tmp_path, tokenizer, tokenizer_folder):
+    items = make_records("a", 20)
+    items[3] = Record("a", "text", (TextSegment("red " * 400, True),))
+    items[8] = Record("a", "text", (TextSegment("blue " * 500, True),))
+    write_source(tmp_path / "a", "a", tokenizer, {"train": items})
+    write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 10)})
+    config = make_config(tmp_path, tokenizer_folder, data__num_data_shards=1, data__window_size=80, train__global_batch_rows=1)
+    iterator = mixture.make_train_iterator(config, tokenizer)
+    first_rows = []
+    while iterator.get_state()["position"][0, 0] == 0:
+        first_rows.append(next(iterator))
+    iterator.close()
+    assert first_rows[0].counters["dropped/a"] == 6  # 60 draws of a are three epochs of 20
+    assert sum(batch.counters["dropped/a"] for batch in first_rows) == 6
+    ids = list(itertools.chain(*(batch.sample_ids for batch in first_rows)))
+    assert not {"a/3", "a/8"} & set(ids)
+    assert sorted(ids) == sorted([f"a/{i}" for i in range(20) if i not in (3, 8)] * 3 + [f"b/{i}" for i in range(10)] * 2)
+
+
+def test_nothing_fits_is_an_error(tmp_path, tokenizer, tokenizer_folder):
+    for name in "ab":
+        write_source(tmp_path / name, name, tokenizer, {"train": [Record(name, "text", (TextSegment("red " * 400),))]})
+    iterator = mixture.make_train_iterator(make_config(tmp_path, tokenizer_folder), tokenizer)
+    with pytest.raises(ValueError, match=r"no record of a, b fits a row of data\.row_tokens 160"):
+        next(iterator)
+    iterator.close()
+
+
+def damage(folder, bad):
+    """Rewrites the records of a source, some as they should not be; the index stays."""
+    items = make_records("a", 70)
+    wrong = {i: records.serialize(items[i]) for i in bad}
+    keys = list(bad)
+    truncated = [s for s in items[keys[0]].segments if isinstance(s, ImageSegment)][0]
+    cut = dataclasses.replace(truncated, data=truncated.data[:-len(truncated.data) // 2])
+    wrong[keys[0]] = records.serialize(dataclasses.replace(items[keys[0]], segments=tuple(
+        cut if isinstance(s, ImageSegment) else s for s in items[keys[0]].segments)))
+    wrong[keys[1]] = b"\x00 no record"
+    wrong[keys[2]] = records.serialize(Record("a", "text", (TextSegment("longer than the index says " * 3, True),)))
+    for number, part in enumerate(np.array_split(np.arange(70), 2)):
+        writer = ArrayRecordWriter(str(folder / f"train-{number:05d}-of-00002.array_record"), "group_size:1")
+        for i in part:
+            writer.write(wrong.get(int(i), records.serialize(items[i])))
+        writer.close()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for file, entry in manifest["files"].items():
+        entry["bytes"] = (folder / file).stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_bad_records_become_padding_in_place(tmp_path, tokenizer, tokenizer_folder, reference):
+    write_source(tmp_path / "a", "a", tokenizer, {"train": make_records("a", 70)})
+    write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 31)})
+    damage(tmp_path / "a", (1, 4, 6))
+    iterator = mixture.make_train_iterator(make_config(tmp_path, tokenizer_folder), tokenizer)
+    batches = [next(iterator) for _ in range(24)]
+    warnings = list(iterator.warnings)
+    iterator.close()
+    reasons = {}
+    for batch, whole in zip(batches, reference[0], strict=True):
+        assert batch.sample_ids == whole.sample_ids
+        masked_tokens = (batch.arrays["segment_ids"] == 0) & (whole.arrays["segment_ids"] != 0)
+        masked_patches = (batch.arrays["patch_segment_ids"] == 0) & (whole.arrays["patch_segment_ids"] != 0)
+        assert batch.counters["failed/a"] == sum(i in ("a/1", "a/4", "a/6") for i in batch.sample_ids)
+        assert bool(masked_tokens.any()) == bool(batch.counters["failed/a"])
+        for name, value in whole.arrays.items():
+            if name == "row_hash":
+                continue
+            mask = masked_patches if "patch" in name else masked_tokens
+            np.testing.assert_array_equal(batch.arrays[name][~mask], value[~mask], err_msg=name)
+        assert not batch.arrays["text_loss_mask"][masked_tokens].any()
+        assert not batch.arrays["visual_mask"][masked_tokens].any()
+        for key, count in batch.counters.items():
+            if key.startswith("failed_reason/"):
+                reasons[key] = reasons.get(key, 0) + count
+    assert set(reasons) == {"failed_reason/truncated_image", "failed_reason/not_a_record", "failed_reason/cost_mismatch"}
+    assert sum(reasons.values()) == len(warnings)
+    assert any("train-00000-of-00002.array_record: record 4: not_a_record" in warning for warning in warnings)
+
+
+def test_damaged_block_of_a_file(tmp_path, tokenizer, tokenizer_folder):
+    write_source(tmp_path / "a", "a", tokenizer, {"train": make_records("a", 70)})
+    write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 31)})
+    path = tmp_path / "b" / "train-00000-of-00002.array_record"
+    content = bytearray(path.read_bytes())
+    target = content.find(records.serialize(make_records("b", 3)[1])[-2000:-1000])  # inside the PNG, stored as it is
+    position = target if target > 0 else len(content) // 3
+    content[position] ^= 0xFF
+    path.write_bytes(bytes(content))
+    batches = take(mixture.make_train_iterator(make_config(tmp_path, tokenizer_folder), tokenizer), 24)
+    failed = sum(batch.counters["failed/b"] for batch in batches)
+    assert 0 < failed < sum(batch.counters["samples/b"] for batch in batches)
+    assert sum(batch.counters.get("failed_reason/unreadable_record", 0) for batch in batches) == failed
+
+
+def test_too_many_failures_stop_the_run(tmp_path, tokenizer, tokenizer_folder, monkeypatch):
+    write_source(tmp_path / "a", "a", tokenizer, {"train": make_records("a", 70)})
+    write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 31)})
+    damage(tmp_path / "a", (1, 4, 6))
+    monkeypatch.setattr(mixture, "FAILED_MIN_SAMPLES", 100)
+    iterator = mixture.make_train_iterator(make_config(tmp_path, tokenizer_folder, data__max_failed_share=0.01), tokenizer)
+    count = 0
+    with pytest.raises(ValueError, match=r"samples could not be read, more than data\.max_failed_share 0\.01"):
+        for batch in iterator:
+            count += len(batch.sample_ids)
+            assert count < 400
+    assert count >= 100 - 60  # not before the share means something
+    iterator.close()
+
+
+def test_other_errors_name_file_and_record(folders, tokenizer, tokenizer_folder, monkeypatch):
+    def broken(*_):
+        raise KeyError("a fault of the program")
+    monkeypatch.setattr(mixture, "deserialize", broken)
+    iterator = mixture.make_train_iterator(make_config(folders, tokenizer_folder), tokenizer)
+    with pytest.raises(RuntimeError, match=r"train-0000\d-of-00002\.array_record: record \d+: KeyError"):
+        next(iterator)
+    iterator.close()
+
+
+def test_images_keep_their_aspect_ratio(folders, tokenizer, tokenizer_folder, reference):
+    made = {f"{name}/{i}": record for name, count in (("a", 70), ("b", 31)) for i, record in enumerate(make_records(name, count))}
+    seen = set()
+    for batch in reference[0]:
+        ids = iter(batch.sample_ids)
+        for row in range(8):
+            expected = []
+            for _ in range(int(batch.arrays["segment_ids"][row].max())):
+                images = [s for s in made[next(ids)].segments if isinstance(s, ImageSegment)]
+                expected += [records.image_grid(s.height, s.width, SPEC) for s in images]
+            segments, grid = batch.arrays["patch_segment_ids"][row], batch.arrays["patch_grid"][row]
+            assert [tuple(grid[segments == i + 1][0].tolist()) for i in range(segments.max())] == expected
+            at_boi = [tuple(g) for g in batch.arrays["boi_grid"][row].tolist() if any(g)]
+            assert at_boi == [(height // 2, width // 2) for height, width in expected]
+            seen |= set(expected)
+    assert len(seen) > 4
+
+
+def test_state_of_another_shard_count_is_refused(folders, tokenizer, tokenizer_folder):
+    iterator = mixture.make_train_iterator(make_config(folders, tokenizer_folder), tokenizer)
+    with pytest.raises(ValueError, match=r"does not fit data\.num_data_shards 4"):
+        iterator.set_state({"position": np.zeros((8, 2), np.int64), "batch": 0})
+    iterator.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
+
+
+def test_sources_are_checked_at_open(tmp_path, folders, tokenizer, tokenizer_folder):
+    def opened(folder):
+        config = make_config(folders, tokenizer_folder)
+        broken = {**config.data.sources, "a": dataclasses.replace(config.data.sources["a"], path=str(folder))}
+        mixture.make_train_iterator(dataclasses.replace(config, data=dataclasses.replace(config.data, sources=broken)), tokenizer)
+
+    with pytest.raises(ValueError, match=r"data\.sources\.a\.path: folder .*missing does not exist"):
+        opened(tmp_path / "missing")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match=r"bare.manifest\.json does not exist"):
+        opened(tmp_path / "bare")
+    write_source(tmp_path / "empty", "a", tokenizer, {"train": []})
+    with pytest.raises(ValueError, match="holds no training record"):
+        opened(tmp_path / "empty")
+    write_source(tmp_path / "other", "a", tokenizer, {"train": make_records("a", 6)}, spec=ImageSpec(8, 4, 64))
+    with pytest.raises(ValueError, match=r"python -m data_pipelines\.index .*other --tokenizer="):
+        opened(tmp_path / "other")
+    cut = write_source(tmp_path / "cut", "a", tokenizer, {"train": make_records("a", 6)}) / "train-00001-of-00002.array_record"
+    cut.write_bytes(cut.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"train-00001-of-00002\.array_record has \d+ bytes, manifest\.json says \d+"):
+        opened(tmp_path / "cut")
+    cut.unlink()
+    with pytest.raises(ValueError, match=r"train-00001-of-00002\.array_record is missing"):
+        opened(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("batch_rows", [1, 4])
+def test_validation_takes_every_item_once(folders, tokenizer, tokenizer_folder, batch_rows):
+    config = make_config(folders, tokenizer_folder, eval__validation_rows=0, eval__batch_rows=batch_rows)
+    batches = list(mixture.validation_batches(config, tokenizer, "a"))
+    assert all(batch["tokens"].shape == (batch_rows, 160) for batch in batches)
+    rows = np.concatenate([batch["row_hash"] for batch in batches])
+    full = [row for batch in batches for row in range(batch_rows) if batch["segment_ids"][row].any()]
+    assert len(rows) - len(full) < batch_rows
+    found = []
+    for batch in batches:
+        for tokens, segments, visual in zip(batch["tokens"], batch["segment_ids"], batch["visual_mask"], strict=True):
+            for number in range(1, segments.max() + 1):
+                found.append(tokenizer.decode(tokens[(segments == number) & ~visual]))
+    expected = ["".join(s.text for s in record.segments if isinstance(s, TextSegment)) for record in make_records("v", 23)]
+    assert sorted(found) == sorted(expected)
+    other_seed = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=9))
+    again = np.concatenate([batch["row_hash"] for batch in mixture.validation_batches(other_seed, tokenizer, "a")])
+    np.testing.assert_array_equal(rows, again)
+
+
+def test_validation_can_be_bounded_or_empty(folders, tokenizer, tokenizer_folder):
+    config = make_config(folders, tokenizer_folder, eval__validation_rows=3, eval__batch_rows=2)
+    batches = list(mixture.validation_batches(config, tokenizer, "a"))
+    assert [int(batch["segment_ids"].any(axis=1).sum()) for batch in batches] == [2, 1]
+    assert list(mixture.validation_batches(config, tokenizer, "b")) == []
+    with pytest.raises(ValueError, match="data.sources has no 'c'"):
+        next(mixture.validation_batches(config, tokenizer, "c"))

@@ -1,0 +1,564 @@
+"""Checkpoints: state, data position and configuration as one unit that is either whole or does not exist.
+
+Orbax writes the arrays asynchronously and commits a step folder, but it restores flipped bits without an error (30 of
+30 in our measurement). So once it has committed, every file is hashed and `manifest.json` is written as the last,
+atomic act. A step without a manifest does not exist, for restoring, listing and retention. On restore the digests are
+verified; a damaged step is set aside with a message and the previous one is used.
+
+    <workdir>/checkpoints/
+        completed.json              the newest step that was ever completed: tells "nothing yet" from "all is lost"
+        200/manifest.json           digests of all files of the step, names, shapes and dtypes of its arrays
+        200/state/...               arrays (Orbax)
+        200/position/, metadata/    data position; configuration and library versions (JSON, through Orbax)
+        damaged-100-0/              a step that failed verification, with `damaged.json`
+
+The paths may be in a bucket: nothing here needs a rename to be atomic.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from unihetero_jax import __version__
+from unihetero_jax.config import Config, config_hash, differences, to_dict
+from unihetero_jax.integrity import MANIFEST, digest_files, read_manifest, verify, write_manifest
+from unihetero_jax.workdir import write_atomically
+
+DAMAGED = "damaged.json"
+COMPLETED = "completed.json"
+FREE_FIELDS = (
+    "train.num_steps", "train.log_every_steps", "train.eval_every_steps", "train.accumulation_steps",
+    "train.max_consecutive_skips", "checkpoint", "mesh", "eval", "diagnostics",
+    "data.num_threads", "data.prefetch_batches", "data.max_failed_share",
+    "model.encoder.remat", "model.decoder.remat",
+)  # fmt: skip
+"""Fields, or whole sections, that may change between a save and its restore: they move no data and no arithmetic beyond
+rounding. `train.num_steps` reshapes the schedule, so a change of it is announced."""
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, or none can be trusted; the message names file, step and remedy."""
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of the run that owns `workdir`. Every process of the run makes one.
+
+    At most one save is in flight; the next one waits for it. A failure in the background surfaces at the next `check`,
+    `save`, `wait` or `close`, once.
+
+    Args:
+        workdir: folder of the run.
+        config: the run's configuration; stored with every step and compared on restore.
+        report: receives messages for the user (process 0 only).
+    """
+
+    def __init__(self, workdir: epath.PathLike, config: Config, report: Callable[[str], None] = print):
+        self._root = _checkpoint_root(workdir)
+        self._config = config
+        self._report = report if jax.process_index() == 0 else lambda _: None
+        self._own_steps: set[int] = set()
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, BaseException] | None = None
+        self._clean_leftovers()
+        self._manager = self._make_manager()
+
+    def save(self, step: int, state: Any, position: Mapping[str, np.ndarray], wait: bool = False) -> bool:
+        """Starts saving `state` and `position` as `step`; the caller may donate or change them once this returns.
+
+        Args:
+            step: number of finished steps.
+            state: pytree of arrays and scalars; leaves under `params` must be finite.
+            position: position of the data stream, of the batches *consumed*.
+            wait: return only after the step is complete.
+
+        Returns:
+            False if this run has saved or restored this very step already, so that there is nothing to do.
+
+        Raises:
+            CheckpointError: if an earlier save failed, this one cannot start, or a parameter is not finite.
+        """
+        self.wait()
+        if step in self._own_steps:
+            return False
+        leaves = _named_leaves(state)
+        _refuse_non_finite(step, leaves)
+        _kill_point("before_save", step)
+        self._make_room(step)
+        arrays = {name: {"shape": list(np.shape(leaf)), "dtype": str(_dtype(leaf))} for name, leaf in leaves.items()}
+        saved = {name: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf) for name, leaf in leaves.items()}
+        try:
+            self._manager.save(step, force=True, args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(_nest(saved)),
+                position=ocp.args.JsonSave(_position_to_json(position)),
+                metadata=ocp.args.JsonSave(run_metadata(self._config)),
+            ))  # fmt: skip
+        except Exception as error:
+            self._recover(step)
+            raise _save_failed(step, error) from error
+        _kill_point("during_save", step)
+        self._thread = threading.Thread(target=self._complete, args=(step, arrays), name=f"checkpoint-{step}")
+        self._thread.start()
+        if wait:
+            self.wait()
+        return True
+
+    def check(self) -> None:
+        """Raises CheckpointError if a save has failed; never blocks."""
+        if self._failure is not None and (self._thread is None or not self._thread.is_alive()):
+            (step, error), self._failure = self._failure, None
+            self._recover(step)
+            raise _save_failed(step, error) from error
+
+    def wait(self) -> None:
+        """Blocks until the save in flight is complete. Raises CheckpointError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def close(self) -> None:
+        """Waits, then frees Orbax's threads. Raises CheckpointError if the last save failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def all_steps(self) -> list[int]:
+        """Complete steps, ascending. Their digests are verified on restore only."""
+        return list_steps(self._root.parent)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step."""
+        return max(self.all_steps(), default=None)
+
+    def restore(self, target: Any, step: int | None = None) -> tuple[int, Any, dict[str, np.ndarray]] | None:
+        """Restores onto the shardings of `target`, whatever mesh the step was saved from.
+
+        Args:
+            target: pytree of `jax.ShapeDtypeStruct` with shardings (arrays and Python scalars do, too).
+            step: None for the newest step that verifies.
+
+        Returns:
+            (step, state, position), or None if this workdir never completed a checkpoint.
+
+        Raises:
+            CheckpointError: if checkpoints were completed but none verifies, or the named step is absent or damaged.
+            ValueError: if the stored configuration or the arrays' names, shapes or dtypes do not fit.
+        """
+        self.wait()
+        chosen = self._choose(step)
+        if chosen is None:
+            return None
+        self._manager.reload()
+        metadata = self._manager.restore(chosen, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+        for line in check_config(metadata["config"], to_dict(self._config), str(self._root / str(chosen))):
+            self._report(f"checkpoint {chosen}: continuing with a changed field: {line}")
+        stored = read_manifest(self._root / str(chosen))["arrays"]
+        wanted = _named_leaves(target)
+        _check_arrays(stored, wanted, self._root / str(chosen))
+        item, restore_args = _restore_plan(wanted)
+        restored = self._manager.restore(chosen, args=ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(item=item, restore_args=restore_args), position=ocp.args.JsonRestore()
+        ))  # fmt: skip
+        self._own_steps.add(chosen)
+        return chosen, _rebuild(target, restored["state"]), _position_from_json(restored["position"])
+
+    def _complete(self, step: int, arrays: Mapping[str, Any]) -> None:
+        """Runs in the background: waits for Orbax's commit, hashes, writes the manifest, then removes old steps."""
+        try:
+            self._manager.wait_until_finished()
+            _kill_point("after_orbax_commit", step)
+            # In a run of many processes Orbax's commit is their barrier: all files are there when process 0 gets here.
+            if jax.process_index() == 0:
+                folder = self._root / str(step)
+                # One thread: the training step needs the cores.
+                files = digest_files(folder, num_threads=1, ignored=(DAMAGED,))
+                _kill_point("before_manifest", step)
+                write_manifest(folder, {
+                    "format": 1, "step": step, "files": files, "arrays": arrays,
+                    "config_hash": config_hash(self._config), "program_version": __version__,
+                })  # fmt: skip
+                write_atomically(self._root / COMPLETED, json.dumps({"step": step}))
+                self._remove_old(step)
+            self._own_steps.add(step)
+        except BaseException as error:
+            # Whatever happened here must reach the main thread.
+            self._failure = (step, error)
+
+    def _remove_old(self, newest: int) -> None:
+        """Applies the keep policy; called only after `newest` is complete, which is always kept."""
+        policy = self._config.checkpoint
+        steps = list_steps(self._root.parent)
+        keep = {newest, *steps[-policy.keep_last :]}
+        if policy.keep_every_steps:
+            keep.update(step for step in steps if step % policy.keep_every_steps == 0)
+        for step in steps:
+            if step not in keep:
+                # Without its manifest the step ceases to exist at once; a kill before the rest is gone leaves a
+                # leftover that the next start removes.
+                (self._root / str(step) / MANIFEST).unlink()
+                _kill_point("during_retention", newest)
+                (self._root / str(step)).rmtree()
+
+    def _clean_leftovers(self) -> None:
+        """Removes what killed saves and removals left behind: Orbax's temporary folders and steps without a manifest.
+
+        If steps were completed but none has its manifest, something else went wrong: nothing is touched.
+        """
+        if jax.process_index() == 0:
+            self._root.mkdir(parents=True, exist_ok=True)
+            complete = list_steps(self._root.parent)
+            lost = not complete and (self._root / COMPLETED).exists()
+            for path in sorted(self._root.iterdir()):
+                is_temporary = ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".tmp")
+                is_incomplete = path.name.isdigit() and int(path.name) not in complete and not (path / DAMAGED).exists()
+                if is_temporary or (is_incomplete and not lost):
+                    self._report(f"removing {path}, the leftover of an unfinished save or removal")
+                    if path.is_dir():
+                        path.rmtree()
+                    else:
+                        path.unlink()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("unihetero_jax.checkpoint.clean_leftovers")
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        # No retention by Orbax: ours waits for the manifest. No root metadata: it would be outside every digest.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None, create=True, enable_async_checkpointing=True, save_root_metadata=False
+        )
+        return ocp.CheckpointManager(self._root, options=options, item_names=("state", "position", "metadata"))
+
+    def _recover(self, step: int) -> None:
+        """After a failed save: drops its remains and Orbax's memory of it, which would raise again or skip saves."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            # The failure itself is raised by the caller.
+            self._report(f"checkpoint {step}: closing the failed save: {error}")
+        self._clean_leftovers()
+        self._manager = self._make_manager()
+
+    def _make_room(self, step: int) -> None:
+        """Makes sure that nothing else lies where `step` will be written."""
+        folder = self._root / str(step)
+        if not folder.exists():
+            return
+        if step in list_steps(self._root.parent) and not self._own_steps:
+            raise CheckpointError(
+                f"{folder} exists and this run has not restored from it: restore first, or use a new --workdir"
+            )
+        if jax.process_index() == 0:
+            self._report(f"replacing {folder}, which is damaged or of an abandoned continuation of this run")
+            (folder / MANIFEST).unlink(missing_ok=True)
+            folder.rmtree()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("unihetero_jax.checkpoint.make_room")
+        self._manager.reload()
+
+    def _choose(self, step: int | None) -> int | None:
+        """The step to restore: process 0 verifies and all take its verdict, so that no two processes differ."""
+        chosen, error = -1, None
+        if jax.process_index() == 0:
+            try:
+                found = _newest_valid(self._root, self._set_aside) if step is None else _named_step(self._root, step)
+                chosen = -1 if found is None else found
+            except CheckpointError as raised:
+                chosen, error = -2, raised
+        if jax.process_count() > 1:
+            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+        if chosen == -2:
+            raise error or CheckpointError(f"{self._root}: no usable checkpoint; process 0 has the reason")
+        return None if chosen == -1 else chosen
+
+    def _set_aside(self, step: int, fault: str) -> None:
+        folder = self._root / str(step)
+        self._report(f"checkpoint {step} is damaged and will not be used: {fault}")
+        # The marker alone settles it; moving the folder only frees its name and may not work everywhere.
+        write_atomically(folder / DAMAGED, json.dumps({"step": step, "fault": fault, "found": time.time()}))
+        number = sum(path.name.startswith(f"damaged-{step}-") for path in self._root.iterdir())
+        try:
+            folder.rename(self._root / f"damaged-{step}-{number}")
+        except OSError as error:
+            self._report(f"checkpoint {step}: stays at {folder}, marked by {DAMAGED} ({error})")
+
+
+def list_steps(workdir: epath.PathLike) -> list[int]:
+    """Complete steps of a run, ascending. Reads names only; the digests are verified when a step is restored."""
+    root = _checkpoint_root(workdir)
+    if not root.exists():
+        return []
+    return sorted(
+        int(path.name)
+        for path in root.iterdir()
+        if path.name.isdigit() and (path / MANIFEST).exists() and not (path / DAMAGED).exists()
+    )
+
+
+def restore_subtree(
+    workdir: epath.PathLike,
+    step: int | None,
+    path_prefixes: Collection[str],
+    target: Any = None,
+    report: Callable[[str], None] = print,
+) -> tuple[int, Any, dict[str, Any]]:
+    """Reads a part of another run's checkpoint, such as `params/encoder`, or parameters without optimizer state.
+
+    Only reads: a damaged step is reported and passed over, not set aside, as the folder may belong to a live run.
+
+    Args:
+        workdir: folder of the run that wrote the checkpoint.
+        step: None or -1 for the newest step that verifies.
+        path_prefixes: whole path components, as `params/encoder`; each must name at least one array.
+        target: pytree of `jax.ShapeDtypeStruct` with shardings, with the stored names below the prefixes; None
+            for nested dicts of numpy arrays.
+        report: receives messages for the user.
+
+    Returns:
+        (step, arrays, metadata): `arrays` shaped like `target`, or nested dicts that start at the root of the stored
+        state; `metadata` as of `run_metadata`.
+
+    Raises:
+        CheckpointError: if there is no valid checkpoint, or the named step is absent or damaged.
+        ValueError: if a prefix names nothing, or names, shapes or dtypes do not fit.
+    """
+    root = _checkpoint_root(workdir)
+    if step is None or step < 0:
+        chosen = _newest_valid(
+            root, lambda damaged, fault: report(f"{root}: checkpoint {damaged} is damaged, passed over: {fault}")
+        )
+        if chosen is None:
+            raise CheckpointError(f"{root}: no complete checkpoint; train first, or name another workdir")
+    else:
+        chosen = _named_step(root, step)
+    folder = root / str(chosen)
+    arrays = read_manifest(folder)["arrays"]
+    stored: dict[str, Any] = {}
+    for prefix in path_prefixes:
+        found = {name: value for name, value in arrays.items() if f"{name}/".startswith(f"{prefix.strip('/')}/")}
+        if not found:
+            tops = sorted({"/".join(name.split("/")[:2]) for name in arrays})
+            raise ValueError(f"{folder}: no arrays under {prefix!r}; there are {', '.join(tops)}")
+        stored.update(found)
+    if target is None:
+        wanted: dict[str, Any] = {name: np.empty(v["shape"], jnp.dtype(v["dtype"])) for name, v in stored.items()}
+    else:
+        wanted = _named_leaves(target)
+        _check_arrays(stored, wanted, folder)
+    item, restore_args = _restore_plan(wanted)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        restored = reader.restore(folder / "state", args=ocp.args.PyTreeRestore(
+            item=item, restore_args=restore_args, partial_restore=True
+        ))  # fmt: skip
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        metadata = reader.restore(folder / "metadata", args=ocp.args.JsonRestore())
+    return chosen, restored if target is None else _rebuild(target, restored), metadata
+
+
+def run_metadata(config: Config) -> dict[str, Any]:
+    """What is stored beside the arrays: configuration, its hash, the program's and the libraries' versions."""
+    return {
+        "config": to_dict(config),
+        "config_hash": config_hash(config),
+        "program_version": __version__,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+    }
+
+
+def check_config(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> list[str]:
+    """Compares a checkpoint's configuration with the current one.
+
+    Returns:
+        Differences in fields that may change freely, to be shown, as `path: old -> new`.
+
+    Raises:
+        ValueError: listing every other difference.
+    """
+    changed = differences(stored, current)
+    free = [line for line in changed if _is_free(line.partition(":")[0])]
+    binding = [line for line in changed if line not in free]
+    if binding:
+        raise ValueError(
+            f"{where} was written with another config:\n" + "".join(f"  - {line}\n" for line in binding)
+            + "restore these fields to continue that run; else use a new --workdir (and init_from its weights)"
+        )  # fmt: skip
+    return free
+
+
+def _is_free(field: str) -> bool:
+    return any(field == free or field.startswith(f"{free}.") for free in FREE_FIELDS)
+
+
+def _kill_point(point: str, step: int) -> None:
+    """Ends this process as kill -9 would, if UNIHETERO_KILL_AT is `<point>:<step>`. For tests of resuming only.
+
+    Points: before_save, during_save (arrays handed to Orbax), after_orbax_commit, before_manifest (files hashed),
+    during_retention (the old step's manifest is gone, its arrays are not).
+    """
+    if os.environ.get("UNIHETERO_KILL_AT") == f"{point}:{step}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _checkpoint_root(workdir: epath.PathLike) -> epath.Path:
+    path = epath.Path(workdir)
+    # Orbax refuses relative paths.
+    return (path if "://" in os.fspath(path) else path.absolute()) / "checkpoints"
+
+
+def _save_failed(step: int, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"saving checkpoint {step} failed: {type(error).__name__}: {error}; earlier checkpoints are untouched. "
+        "If the disk is full, free space and start the same command again"
+    )
+
+
+def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None]) -> int | None:
+    """The newest step whose files all match their digests; `on_damage` is told of each newer one.
+
+    Raises:
+        CheckpointError: if steps were completed but none is valid. To start over is the user's decision.
+    """
+    faults = []
+    for step in reversed(list_steps(root.parent)):
+        fault = verify(root / str(step))
+        if fault is None:
+            return step
+        on_damage(step, fault)
+        faults.append(f"step {step}: {fault}")
+    was_completed = root.exists() and ((root / COMPLETED).exists() or any(root.glob(f"*/{DAMAGED}")))
+    if faults or was_completed:
+        listing = "".join(f"\n  - {fault}" for fault in faults)
+        raise CheckpointError(
+            f"{root}: checkpoints were written here but none is valid, and the run will not silently start again at "
+            f"step 0.{listing}\nRestore the folder from a copy, or start over with a new --workdir"
+        )
+    return None
+
+
+def _named_step(root: epath.Path, step: int) -> int:
+    steps = list_steps(root.parent)
+    if step not in steps:
+        raise CheckpointError(f"{root}: no complete checkpoint of step {step}; there are {steps or 'none'}")
+    fault = verify(root / str(step))
+    if fault is not None:
+        raise CheckpointError(f"{root}: checkpoint {step} is damaged: {fault}; name another step of {steps}")
+    return step
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """{"params/decoder/...": leaf}: names instead of container types, so that a stored state outlives refactorings."""
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        parts = [_key_name(key) for key in path]
+        name = "/".join(parts)
+        if not parts or any("/" in part for part in parts) or name in named:
+            raise ValueError(f"state leaf {jax.tree_util.keystr(path)}: needs a unique path without '/' in its keys")
+        named[name] = leaf
+    return named
+
+
+def _key_name(key: Any) -> str:
+    match key:
+        case jax.tree_util.DictKey() | jax.tree_util.FlattenedIndexKey():
+            return str(key.key)
+        case jax.tree_util.GetAttrKey():
+            return key.name
+        case jax.tree_util.SequenceKey():
+            return str(key.idx)
+    return str(key)
+
+
+def _nest(named: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in named.items():
+        *parents, last = name.split("/")
+        level = nested
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[last] = value
+    return nested
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return np.dtype(leaf.dtype) if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+
+
+def _check_arrays(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: epath.Path) -> None:
+    faults = [f"{name}: not in the checkpoint" for name in sorted(wanted.keys() - stored.keys())]
+    faults += [f"{name}: in the checkpoint but not wanted" for name in sorted(stored.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & stored.keys()):
+        old = (tuple(stored[name]["shape"]), stored[name]["dtype"])
+        new = (tuple(np.shape(wanted[name])), str(_dtype(wanted[name])))
+        if old != new:
+            faults.append(f"{name}: stored {old[1]}{list(old[0])}, expected {new[1]}{list(new[0])}")
+    if faults:
+        more = f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else ""
+        raise ValueError(f"{where} does not fit:\n" + "\n".join(f"  - {fault}" for fault in faults[:20]) + more)
+
+
+def _restore_plan(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Orbax's `item` and `restore_args` for named leaves: sharded jax arrays where the target is one, else numpy."""
+    args: dict[str, Any] = {}
+    for name, leaf in wanted.items():
+        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            args[name] = ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+        else:
+            args[name] = ocp.RestoreArgs(restore_type=np.ndarray)
+    return _nest(wanted), _nest(args)
+
+
+def _rebuild(target: Any, restored: Any) -> Any:
+    """Puts restored leaves into the containers of `target`, Python scalars as such."""
+    named = _named_leaves(restored)
+    leaves = [
+        named[name].item() if isinstance(wanted, bool | int | float) else named[name]
+        for name, wanted in _named_leaves(target).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
+
+
+def _refuse_non_finite(step: int, leaves: Mapping[str, Any]) -> None:
+    params = {
+        name: leaf
+        for name, leaf in leaves.items()
+        if name.split("/")[0] == "params" and jnp.issubdtype(_dtype(leaf), jnp.inexact)
+    }
+    if params and not _all_finite(list(params.values())):
+        bad = next(name for name, leaf in params.items() if not _all_finite([leaf]))
+        raise CheckpointError(
+            f"checkpoint {step}: {bad} holds NaN or infinity and is not saved; earlier checkpoints are untouched"
+        )
+
+
+def _position_to_json(position: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    arrays = {name: np.asarray(value) for name, value in position.items()}
+    return {
+        name: {"dtype": str(a.dtype), "shape": list(a.shape), "values": a.ravel().tolist()}
+        for name, a in arrays.items()
+    }
+
+
+def _position_from_json(stored: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.array(v["values"], np.dtype(v["dtype"])).reshape(v["shape"]) for name, v in stored.items()}

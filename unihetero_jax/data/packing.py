@@ -1,0 +1,350 @@
+"""Packing: which samples share a row (from lengths alone), and how a row of arrays is laid out.
+
+The plan is made by vector best fit over (tokens, patches). The layout is the one drawn in `arrays.Batch`; nothing here
+reads files, and a row is a pure function of its samples.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import heapq
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from unihetero_jax.data import transforms
+from unihetero_jax.data.records import (
+    MAX_TEXT_CHARS,
+    MERGE_SIZE,
+    ImageSegment,
+    ImageSpec,
+    Record,
+    RecordError,
+    TextSegment,
+    content_hash,
+    decode_image,
+    serialize,
+)
+from unihetero_jax.data.tokenizer import Tokenizer
+
+BLOCK = MERGE_SIZE**2
+"""Patches per visual token."""
+
+
+def plan_rows(costs: np.ndarray, row_tokens: int, row_patches: int, spread_images: bool = True) -> list[list[int]]:
+    """Assigns items to rows so that few rows are needed. Every item comes out exactly once.
+
+    Three ways are tried and the one that needs fewest rows is taken. *Best fit*: largest item first, into the row whose
+    free tokens it leaves smallest. *Images first*: the same, items with images before text, so that text fills what the
+    patch budget leaves of a row. *Spread* (with `spread_images`; preferred on a tie): each item with images into the
+    row with most free patches, of as many rows as are needed at least, then text by best fit.
+
+    Args:
+        costs: `int[n, 2]`, (token positions, image patches) of each item.
+        row_tokens, row_patches: capacity of a row.
+        spread_images: try to spread images over the rows.
+
+    Returns:
+        Rows as ascending lists of item numbers.
+
+    Raises:
+        ValueError: an item does not fit an empty row.
+    """
+    costs = np.asarray(costs, np.int64).reshape(-1, 2)
+    too_long = np.flatnonzero((costs[:, 0] > row_tokens) | (costs[:, 1] > row_patches))
+    if too_long.size:
+        worst = too_long[0]
+        raise ValueError(f"{too_long.size} items do not fit a row of {row_tokens} tokens and {row_patches} patches; "
+                         f"item {worst} takes {costs[worst, 0]} tokens and {costs[worst, 1]} patches")
+    size = np.maximum(costs[:, 0] / row_tokens, costs[:, 1] / row_patches)
+    order = np.lexsort((np.arange(len(costs)), -costs[:, 0], -size))
+    with_image, text_only = order[costs[order, 1] > 0], order[costs[order, 1] == 0]
+    least = max(-(-int(costs[:, 0].sum()) // row_tokens), -(-int(costs[:, 1].sum()) // row_patches) if row_patches else 0)
+    best_fit, images_first = (_Rows(row_tokens, row_patches, 0) for _ in range(2))
+    best_fit.place_all(order, costs)
+    images_first.place_all(with_image, costs)
+    images_first.place_all(text_only, costs)
+    candidates = [images_first.members, best_fit.members]
+    if spread_images and with_image.size:
+        spread = _Rows(row_tokens, row_patches, least)
+        spread.spread(with_image, costs)
+        spread.place_all(text_only, costs)
+        candidates.insert(0, [members for members in spread.members if members])
+    rows = min(candidates, key=len)  # the first of equals
+    return [sorted(members) for members in rows]
+
+
+class _Rows:
+    """Rows being filled: members, free room, and the open rows sorted by free tokens."""
+
+    def __init__(self, row_tokens: int, row_patches: int, num_rows: int):
+        self.capacity = (row_tokens, row_patches)
+        self.members: list[list[int]] = [[] for _ in range(num_rows)]
+        self.patches = [row_patches] * num_rows
+        self.free: list[tuple[int, int]] = [(row_tokens, row) for row in range(num_rows)]
+
+    def place_all(self, items: np.ndarray, costs: np.ndarray) -> None:
+        """Best fit: into the row that keeps the fewest free tokens; a new row where none has room."""
+        for item, (tokens, patches) in zip(items.tolist(), costs[items].tolist(), strict=True):
+            self._place(item, tokens, patches)
+
+    def _place(self, item: int, tokens: int, patches: int) -> None:
+        start = bisect.bisect_left(self.free, (tokens, -1))
+        for at in range(start, len(self.free)):
+            room, row = self.free[at]
+            if self.patches[row] >= patches:
+                del self.free[at]
+                break
+        else:
+            row, room = len(self.members), self.capacity[0]
+            self.members.append([])
+            self.patches.append(self.capacity[1])
+        self.members[row].append(item)
+        self.patches[row] -= patches
+        bisect.insort(self.free, (room - tokens, row))
+
+    def spread(self, items: np.ndarray, costs: np.ndarray) -> None:
+        """Each item into the row with most free patches (then tokens); by best fit where it has no room there."""
+        heap = [(-self.capacity[1], -self.capacity[0], row) for row in range(len(self.members))]
+        tokens_free = [self.capacity[0]] * len(self.members)
+        rest = []
+        for item, (tokens, patches) in zip(items.tolist(), costs[items].tolist(), strict=True):
+            _, _, row = heap[0]
+            if self.patches[row] < patches or tokens_free[row] < tokens:
+                rest.append(item)
+                continue
+            self.members[row].append(item)
+            self.patches[row] -= patches
+            tokens_free[row] -= tokens
+            heapq.heapreplace(heap, (-self.patches[row], -tokens_free[row], row))
+        self.free = sorted((room, row) for row, room in enumerate(tokens_free))
+        self.place_all(np.asarray(rest, np.int64), costs)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenPiece:
+    """Consecutive token ids. `loss`: supervised or not, for all or one by one. Branch 0 is the shared prefix."""
+
+    ids: Sequence[int]
+    loss: Sequence[bool] | bool = False
+    branch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePiece:
+    """An image of whole blocks, `uint8[h, w, 3]`; stands in branch 0 right after its `<boi>`.
+
+    `generated`: text comes before it, so drawing it is a task.
+    """
+
+    pixels: np.ndarray
+    generated: bool = False
+
+
+Piece = TokenPiece | ImagePiece
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedSample:
+    """A sample as token ids and pixels, ready for a row.
+
+    Attributes:
+        pieces: in order; branch 0 first, then each further branch contiguously.
+        source_id: index of its source.
+        identity: 64-bit content hash of the stored record.
+        left_out: parts of the augmentation that were not applied, by name.
+    """
+
+    pieces: Sequence[Piece]
+    source_id: int = 0
+    identity: int = 0
+    left_out: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """Padding in the place of a sample that could not be read, of the size that was planned for it."""
+
+    num_tokens: int
+    num_patches: int
+    num_images: int
+
+
+def image_pieces(pixels: np.ndarray, generated: bool, tokenizer: Tokenizer) -> list[Piece]:
+    """An image between its markers. `<boi>` and `<eoi>` are targets only of an image that is generated."""
+    return [TokenPiece([tokenizer.boi_id], generated), ImagePiece(pixels, generated),
+            TokenPiece([tokenizer.eoi_id], generated)]
+
+
+def sample_from_record(
+    record: Record, tokenizer: Tokenizer, spec: ImageSpec, source_id: int = 0,
+    augment_rng: np.random.Generator | None = None, augment: str = "none", identity: int | None = None,
+) -> PackedSample:
+    """Decodes, augments and tokenizes a record.
+
+    A sample ends with `<eos>`, or each of its branches does. That token is a target if what stands before it is: a
+    supervised text, or an image that was generated.
+
+    Args:
+        record: the stored sample.
+        tokenizer: of the text.
+        spec: patch size and bounds of an image's patches.
+        source_id: index of the source, kept for every position.
+        augment_rng, augment: the augmentation of the source and its randomness.
+        identity: content hash of the stored bytes, computed when not given.
+
+    Raises:
+        RecordError: an image does not decode or has another size than recorded, or a text is too long.
+    """
+    identity = content_hash(serialize(record)) if identity is None else identity
+    images = [_decoded(segment) for segment in record.segments if isinstance(segment, ImageSegment)]
+    left_out: Sequence[str] = ()
+    if augment_rng is not None:
+        record, images, left_out = transforms.augment_sample(augment, record, images, augment_rng, tokenizer.encode)
+    next_image = iter(images)
+    pieces: list[Piece] = []
+    branch, closes_with_loss, any_text = 0, False, False
+    for segment in record.segments:
+        if isinstance(segment, ImageSegment):
+            pieces += image_pieces(transforms.resize_to_grid(next(next_image), spec), any_text, tokenizer)
+            closes_with_loss = any_text
+            continue
+        if segment.branch != branch and branch:
+            pieces.append(TokenPiece([tokenizer.eos_id], closes_with_loss, branch))
+        if len(segment.text) > MAX_TEXT_CHARS:
+            raise RecordError("text_too_long", f"{len(segment.text)} characters, limit {MAX_TEXT_CHARS}")
+        branch, closes_with_loss = segment.branch, segment.loss
+        ids = tokenizer.encode(segment.text)
+        any_text = any_text or bool(ids)
+        pieces.append(TokenPiece(ids, segment.loss, branch))
+    pieces.append(TokenPiece([tokenizer.eos_id], closes_with_loss, branch))
+    return PackedSample(pieces, source_id, identity, tuple(left_out))
+
+
+def _decoded(segment: ImageSegment) -> np.ndarray:
+    pixels = decode_image(segment.data)
+    if pixels.shape[:2] != (segment.height, segment.width):
+        raise RecordError("size_mismatch", f"image decodes to {pixels.shape[0]} x {pixels.shape[1]}, the record states "
+                          f"{segment.height} x {segment.width}")
+    return pixels
+
+
+def sample_cost(sample: PackedSample, patch_size: int) -> tuple[int, int]:
+    """What a sample takes of a row: (token positions, image patches); equal to `records.record_cost` of its record."""
+    num_tokens = num_patches = 0
+    for piece in sample.pieces:
+        if isinstance(piece, TokenPiece):
+            num_tokens += len(piece.ids)
+        else:
+            patches = (piece.pixels.shape[0] // patch_size) * (piece.pixels.shape[1] // patch_size)
+            num_tokens, num_patches = num_tokens + patches // BLOCK, num_patches + patches
+    return num_tokens, num_patches
+
+
+def assemble_row(
+    samples: Sequence[PackedSample | Hole], row_tokens: int, row_patches: int, patch_size: int, pad_id: int,
+    visual_loss_on: Literal["generated", "all"] = "generated",
+) -> dict[str, np.ndarray]:
+    """Lays samples out in a row, in the order given: the fields of `arrays.Batch` without the leading axis.
+
+    The first token of a sample, and the first token of a branch that follows another branch, is no target whatever its
+    piece says: the position before it is not in its context, so nothing could predict it.
+
+    Raises:
+        ValueError: the samples take more than the row has, or an image is not whole blocks right after a token.
+    """
+    row = _empty_row(row_tokens, row_patches, patch_size, pad_id)
+    token = patch = image = 0
+    identities = []
+    for number, sample in enumerate(samples, start=1):
+        if isinstance(sample, Hole):
+            token, patch, image = token + sample.num_tokens, patch + sample.num_patches, image + sample.num_images
+            identities.append(0)
+            continue
+        needed = sample_cost(sample, patch_size)
+        if token + needed[0] > row_tokens or patch + needed[1] > row_patches:
+            raise ValueError(f"sample {number} of a row takes {needed[0]} tokens and {needed[1]} patches, "
+                             f"{row_tokens - token} and {row_patches - patch} are free")
+        end = token + needed[0]
+        row["segment_ids"][token:end] = number
+        row["source_ids"][token:end] = sample.source_id
+        patch, image = _place_pieces(row, sample.pieces, token, patch, image, patch_size, visual_loss_on == "all")
+        identities.append(sample.identity)
+        token = end
+    row["row_hash"] = _row_hash(identities, row)
+    return row
+
+
+def _place_pieces(
+    row: dict[str, np.ndarray], pieces: Sequence[Piece], start: int, patch: int, image: int, patch_size: int,
+    loss_on_all_images: bool,
+) -> tuple[int, int]:
+    token, branch, prefix, position = start, 0, 0, 0
+    for piece in pieces:
+        if isinstance(piece, ImagePiece):
+            if token == start or branch:
+                raise ValueError("an image must follow its <boi> token, in the prefix that all branches share")
+            patches, coords = transforms.patchify(piece.pixels, patch_size)
+            count, merged = len(patches), len(patches) // BLOCK
+            grid = coords[-1] + 1  # the last patch is the bottom right one
+            image += 1
+            row["boi_grid"][token - 1] = grid // MERGE_SIZE
+            row["patches"][patch:patch + count] = patches
+            row["patch_coords"][patch:patch + count] = coords
+            row["patch_grid"][patch:patch + count] = grid
+            row["patch_segment_ids"][patch:patch + count] = image
+            row["visual_mask"][token:token + merged] = True
+            row["visual_index"][token:token + merged] = np.arange(patch // BLOCK, patch // BLOCK + merged)
+            row["visual_loss_mask"][token:token + merged] = piece.generated or loss_on_all_images
+            patch, length = patch + count, merged
+        else:
+            length = len(piece.ids)
+            if not length:
+                continue
+            row["tokens"][token:token + length] = piece.ids
+            row["text_loss_mask"][token:token + length] = piece.loss
+            if piece.branch != branch:
+                after_branch = branch != 0
+                prefix = prefix if after_branch else token - start
+                branch, position = piece.branch, prefix
+                row["text_loss_mask"][token] &= not after_branch
+            row["branch_ids"][token:token + length] = branch
+        row["positions"][token:token + length] = np.arange(position, position + length)
+        token, position = token + length, position + length
+    row["text_loss_mask"][start:start + 1] = False
+    return patch, image
+
+
+def _empty_row(row_tokens: int, row_patches: int, patch_size: int, pad_id: int) -> dict[str, np.ndarray]:
+    integers = ("positions", "segment_ids", "branch_ids", "source_ids", "visual_index")
+    masks = ("text_loss_mask", "visual_mask", "visual_loss_mask")
+    return {
+        "tokens": np.full(row_tokens, pad_id, np.int32),
+        **{name: np.zeros(row_tokens, np.int32) for name in integers},
+        **{name: np.zeros(row_tokens, bool) for name in masks},
+        "boi_grid": np.zeros((row_tokens, 2), np.int32),
+        "patches": np.zeros((row_patches, patch_size * patch_size * 3), np.uint8),
+        "patch_segment_ids": np.zeros(row_patches, np.int32),
+        "patch_coords": np.zeros((row_patches, 2), np.int32),
+        "patch_grid": np.zeros((row_patches, 2), np.int32),
+        "row_hash": np.zeros(2, np.uint32),
+    }
+
+
+def _row_hash(identities: Sequence[int], row: dict[str, np.ndarray]) -> np.ndarray:
+    """64 bits over who is in the row and what the model will see of it (so augmentation and tokenizer count too)."""
+    digest = hashlib.blake2b(np.asarray(identities, np.uint64).tobytes(), digest_size=8)
+    for name in ("tokens", "segment_ids", "positions", "text_loss_mask", "visual_loss_mask", "patches"):
+        digest.update(np.ascontiguousarray(row[name]).data)
+    return np.frombuffer(digest.digest(), "<u4").astype(np.uint32)
+
+
+def empty_row(row_tokens: int, row_patches: int, patch_size: int, pad_id: int) -> dict[str, np.ndarray]:
+    """A row of padding only; fills the last batch of a fixed plan. Its `row_hash` is zero."""
+    return _empty_row(row_tokens, row_patches, patch_size, pad_id)
+
+
+def stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows to arrays with the leading axis `B`."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,151 @@
+"""A prepared folder, opened for reading: checked against its manifest, records by number, lengths as an array."""
+
+import bisect
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from unihetero_jax.data.records import INDEX_DTYPE, RECORD_VERSION, RecordError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a prepared folder.
+
+    Attributes:
+        name: of the source in the mixture.
+        index: lengths of its records (`records.INDEX_DTYPE`), memory-mapped.
+        paths: its shard files, in record order.
+        readers: one reader per file; safe to share between threads.
+        ends: number of records up to and including each file.
+    """
+
+    name: str
+    index: np.ndarray
+    paths: tuple[str, ...]
+    readers: tuple[Any, ...]
+    ends: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, record: int) -> bytes:
+        """The stored bytes of a record.
+
+        Raises:
+            RecordError: `unreadable_record` if its block of the file is damaged.
+        """
+        file, within = self._place(record)
+        try:
+            return self.readers[file][within]
+        except (RuntimeError, OSError, ValueError, IndexError) as error:  # what the reader raises for damaged blocks
+            raise RecordError("unreadable_record", str(error)) from error
+
+    def locate(self, record: int) -> str:
+        """File and number of a record within it, for messages."""
+        file, within = self._place(record)
+        return f"{self.paths[file]}: record {within}"
+
+    def close(self) -> None:
+        """Closes the files."""
+        for reader in self.readers:
+            reader.__exit__(None, None, None)
+
+    def _place(self, record: int) -> tuple[int, int]:
+        file = bisect.bisect_right(self.ends, record)
+        return file, record - (self.ends[file - 1] if file else 0)
+
+
+def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: str = "TOKENIZER") -> Source:
+    """Opens a split ("train" or "val") of a prepared folder, after checking that it is whole.
+
+    Args:
+        name: of the source, for messages.
+        path: the prepared folder.
+        split: `train` or `val`.
+        key: `records.index_key` of the tokenizer and image spec in use.
+        tokenizer_folder: of that tokenizer, for the message that names the remedy.
+
+    Raises:
+        ValueError: the folder, its manifest, a shard file or the index is missing or does not fit; or the split is
+            empty (training only: an empty validation split is a source without records).
+    """
+    field, folder = f"data.sources.{name}.path", Path(path)
+    manifest = _read_manifest(field, folder)
+    count = _declared_records(field, folder, manifest, split)
+    if count == 0 and split == "train":
+        raise ValueError(f"{field}: {folder} holds no training record (manifest.json says num_records.train = 0); "
+                         "check what the preparation dropped, or remove the source")
+    files = sorted(file for file in manifest["files"] if file.startswith(f"{split}-") and file.endswith(".array_record"))
+    for file in files:
+        _check_size(field, folder / file, int(manifest["files"][file]["bytes"]))
+    paths = tuple(os.fspath(folder / file) for file in files)
+    readers = tuple(_open_reader(field, file) for file in paths)
+    ends = tuple(itertools.accumulate(len(reader) for reader in readers))
+    if (ends[-1] if ends else 0) != count:
+        raise ValueError(f"{field}: the {split} files of {folder} hold {ends[-1] if ends else 0} records, manifest.json "
+                         f"says {count}; prepare the folder again")
+    return Source(name, _read_index(field, folder, split, key, count, tokenizer_folder), paths, readers, ends)
+
+
+def _read_manifest(field: str, folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ValueError(f"{field}: folder {folder} does not exist; prepare it with data_pipelines, or correct the path")
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{field}: {path} does not exist: {folder} is no prepared folder or its preparation was cut "
+                         "off; prepare it with data_pipelines")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["record_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{field}: {path} cannot be read ({error!r}); prepare the folder again") from error
+    if version != RECORD_VERSION:
+        raise ValueError(f"{field}: {path} has record_version {version!r}, this program reads {RECORD_VERSION}; prepare "
+                         "the folder again")
+    return manifest
+
+
+def _declared_records(field: str, folder: Path, manifest: dict[str, Any], split: str) -> int:
+    try:
+        return int(manifest["num_records"].get(split, 0)) if manifest["files"] is not None else 0
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{field}: {folder / 'manifest.json'} lacks num_records or files ({error!r}); prepare the folder "
+                         "again") from error
+
+
+def _check_size(field: str, path: Path, expected: int) -> None:
+    if not path.is_file():
+        raise ValueError(f"{field}: {path} is missing, though manifest.json lists it; copy or prepare the folder again")
+    if (size := path.stat().st_size) != expected:
+        raise ValueError(f"{field}: {path} has {size} bytes, manifest.json says {expected}; copy or prepare it again")
+
+
+def _open_reader(field: str, path: str) -> Any:
+    try:
+        return grain.sources.ArrayRecordDataSource([path])
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{field}: {path} is not a readable ArrayRecord file ({error}); copy or prepare it again") from error
+
+
+def _read_index(field: str, folder: Path, split: str, key: str, count: int, tokenizer_folder: str) -> np.ndarray:
+    if count == 0:
+        return np.zeros(0, INDEX_DTYPE)
+    path = folder / "index" / f"{key}.{split}.npy"
+    remedy = f"run: python -m data_pipelines.index {folder} --tokenizer={tokenizer_folder}"
+    if not path.is_file():
+        raise ValueError(f"{field}: no index of lengths for this tokenizer, model.encoder.patch_size and "
+                         f"data.image_{{min,max}}_patches ({path} does not exist); {remedy}")
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{field}: {path} is not a readable index ({error}); {remedy}") from error
+    if index.dtype != INDEX_DTYPE or index.shape != (count,):
+        raise ValueError(f"{field}: {path} has {index.dtype} {index.shape}, expected {INDEX_DTYPE} ({count},); {remedy}")
+    return index

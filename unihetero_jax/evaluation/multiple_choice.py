@@ -1,0 +1,252 @@
+"""Likelihood ranking of answer options, packed: many questions share a row, the options of one share its prefix.
+
+An item becomes one packed sample. Its picture and question stand once, as the shared prefix; each option is a branch.
+A token is predicted from the position before it, and the second branch has no such position in the row that belongs to
+it, so every branch starts by repeating the question's last token and the prefix ends one token earlier:
+
+    row        boi  v0  v1  v2  v3  eoi  What  color | ?   red | ?   dark  blue
+    branch_ids  0   0   0   0   0   0    0     0     | 1   1   | 2   2     2
+    positions   0   1   2   3   4   5    6     7     | 8   9   | 8   9     10
+    counted     .   .   .   .   .   .    .     .     | .   x   | .   x     x
+
+Positions and contexts are those of the plain sequence `picture question option`, so the numbers are too.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from unihetero_jax.config import Config
+from unihetero_jax.data.packing import (
+    PackedSample,
+    Piece,
+    TokenPiece,
+    assemble_row,
+    empty_row,
+    image_pieces,
+    plan_rows,
+    stack_rows,
+)
+from unihetero_jax.data.records import (
+    MERGE_SIZE,
+    ImageSpec,
+    RecordError,
+    decode_image,
+    format_answer,
+    format_prompt,
+    image_tokens,
+    probe_image,
+)
+from unihetero_jax.data.tokenizer import Tokenizer
+from unihetero_jax.data.transforms import resize_to_grid
+from unihetero_jax.evaluation.benchmarks import Item
+from unihetero_jax.evaluation.scoring import OptionScores
+
+NUM_MARKERS = 2
+"""`<boi>` and `<eoi>` around a picture."""
+TOO_LONG, EMPTY, NOT_FINITE = "too_long", "empty_text", "not_finite"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompt:
+    """An item as token ids, with its picture (None: without) and the visual tokens that it takes."""
+
+    question: list[int]
+    options: list[list[int]]
+    image: bytes | None
+    num_visual: int
+
+    @property
+    def prefix_tokens(self) -> int:
+        return (self.num_visual + NUM_MARKERS if self.image is not None else 0) + len(self.question) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """The options of one item that share a sample, and the sample's cost in (token positions, patches)."""
+
+    item: int
+    options: tuple[int, ...]
+    cost: tuple[int, int]
+
+
+def score_items(
+    items: Sequence[Item],
+    tokenizer: Tokenizer,
+    config: Config,
+    log_probs: Callable[[dict[str, np.ndarray]], np.ndarray],
+    *,
+    without_image: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[OptionScores]:
+    """Log-likelihood of every option of every item.
+
+    An item too large for a row is spread over several samples, each with the whole prefix and some of the options. One
+    that cannot be scored at all keeps its place in the result, with the reason: `too_long` (one of its options
+    does not fit a row even alone), `empty_text`, `not_finite` (the model gave NaN), or why its picture does not decode.
+
+    Args:
+        items: the questions.
+        tokenizer: the one the model was trained with.
+        config: `data.row_tokens`, `data.row_patches`, the image spec and `eval.batch_rows` are used.
+        log_probs: from packed arrays (the fields of `arrays.Batch`, leading axis `eval.batch_rows`) to `float[B,T]`,
+            log p(tokens[t] | what t may see before it) at the target's own position.
+        without_image: leave the pictures out of the prompts.
+        on_progress: called with (rows scored, rows in all) after every batch.
+
+    Returns:
+        One entry per item, in order.
+
+    Raises:
+        ValueError: `log_probs` returned another shape than `[B,T]`.
+    """
+    spec, data = image_spec(config), config.data
+    unscored: dict[int, str] = {}
+    prompts: dict[int, _Prompt] = {}
+    parts: list[_Part] = []
+    for position, item in enumerate(items):
+        try:
+            prompt = _make_prompt(item, tokenizer, spec, without_image)
+            parts.extend(_split(position, prompt, data.row_tokens, data.row_patches))
+            prompts[position] = prompt
+        except RecordError as error:
+            unscored[position] = error.reason
+    sums = {position: np.zeros(len(prompt.options)) for position, prompt in prompts.items()}
+    costs = np.array([part.cost for part in parts], np.int64).reshape(-1, 2)
+    plan = plan_rows(costs, data.row_tokens, data.row_patches) if parts else []
+    row_shape = (data.row_tokens, data.row_patches, spec.patch_size, tokenizer.pad_id)
+    batch_rows = config.eval.batch_rows
+    for start in range(0, len(plan), batch_rows):
+        rows, members = [], []
+        for row in plan[start : start + batch_rows]:
+            chosen = [parts[i] for i in row]
+            samples = _row_samples(chosen, prompts, items, tokenizer, spec, unscored)
+            members.append([part for part, _ in samples])
+            rows.append(assemble_row([sample for _, sample in samples], *row_shape))
+        rows.extend(empty_row(*row_shape) for _ in range(batch_rows - len(rows)))
+        batch = stack_rows(rows)
+        _add_up(sums, prompts, members, batch, _checked(log_probs(batch), batch["tokens"].shape))
+        if on_progress:
+            on_progress(min(start + batch_rows, len(plan)), len(plan))
+    return [_collect(position, prompts, sums, unscored) for position in range(len(items))]
+
+
+def image_spec(config: Config) -> ImageSpec:
+    """The image transform of a configuration."""
+    return ImageSpec(config.model.encoder.patch_size, config.data.image_min_patches, config.data.image_max_patches)
+
+
+def prompt_text(item: Item) -> str:
+    """What the model reads before the answer: the hint, if there is one, on its own line, then the question."""
+    return format_prompt(f"{item.hint}\n{item.question}" if item.hint else item.question)
+
+
+def _make_prompt(item: Item, tokenizer: Tokenizer, spec: ImageSpec, without_image: bool) -> _Prompt:
+    question = tokenizer.encode(prompt_text(item))
+    options = [tokenizer.encode(format_answer(option)) for option in item.options]
+    if not question or not all(options):
+        raise RecordError(EMPTY, f"item {item.index}")
+    if item.image is None or without_image:
+        return _Prompt(question, options, None, 0)
+    height, width = probe_image(item.image)
+    return _Prompt(question, options, item.image, image_tokens(height, width, spec))
+
+
+def _split(position: int, prompt: _Prompt, row_tokens: int, row_patches: int) -> list[_Part]:
+    """Groups an item's options, in order, into as few samples as fit a row each."""
+    num_patches = prompt.num_visual * MERGE_SIZE**2
+    groups: list[list[int]] = []
+    used = row_tokens
+    for number, option in enumerate(prompt.options):
+        cost = 1 + len(option)
+        if prompt.prefix_tokens + cost > row_tokens or num_patches > row_patches:
+            raise RecordError(TOO_LONG, f"{prompt.prefix_tokens + cost} tokens, {num_patches} patches")
+        if used + cost > row_tokens:
+            groups.append([])
+            used = prompt.prefix_tokens
+        groups[-1].append(number)
+        used += cost
+    return [
+        _Part(
+            position, tuple(group), (prompt.prefix_tokens + sum(1 + len(prompt.options[i]) for i in group), num_patches)
+        )
+        for group in groups
+    ]
+
+
+def _row_samples(
+    parts: Sequence[_Part],
+    prompts: dict[int, _Prompt],
+    items: Sequence[Item],
+    tokenizer: Tokenizer,
+    spec: ImageSpec,
+    unscored: dict[int, str],
+) -> list[tuple[_Part, PackedSample]]:
+    """The samples of a row; one whose picture turns out not to decode is left out and noted in `unscored`."""
+    samples = []
+    for part in parts:
+        prompt = prompts[part.item]
+        try:
+            pieces = _picture(prompt, tokenizer, spec)
+        except RecordError as error:
+            unscored[part.item] = error.reason
+            continue
+        if len(prompt.question) > 1:
+            pieces.append(TokenPiece(prompt.question[:-1], loss=False, branch=0))
+        for branch, number in enumerate(part.options, start=1):
+            option = prompt.options[number]
+            pieces.append(TokenPiece([prompt.question[-1], *option], [False, *[True] * len(option)], branch))
+        name = f"{items[part.item].index}:{part.options}"
+        identity = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        samples.append((part, PackedSample(pieces, source_id=0, identity=identity)))
+    return samples
+
+
+def _picture(prompt: _Prompt, tokenizer: Tokenizer, spec: ImageSpec) -> list[Piece]:
+    """The prompt's picture between its markers, as training lays it out; nothing without a picture."""
+    if prompt.image is None:
+        return []
+    pixels = resize_to_grid(decode_image(prompt.image), spec)
+    num_visual = pixels.shape[0] * pixels.shape[1] // (MERGE_SIZE * spec.patch_size) ** 2
+    if num_visual != prompt.num_visual:
+        raise RecordError(
+            "size_mismatch", f"the header promises {prompt.num_visual} visual tokens, there are {num_visual}"
+        )
+    return image_pieces(pixels, False, tokenizer)
+
+
+def _checked(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    values = np.asarray(values)
+    if values.shape != shape:
+        raise ValueError(f"log_probs returned shape {list(values.shape)}, expected [rows, tokens] = {list(shape)}")
+    return values
+
+
+def _add_up(
+    sums: dict[int, np.ndarray],
+    prompts: dict[int, _Prompt],
+    members: Sequence[Sequence[_Part]],
+    batch: dict[str, np.ndarray],
+    values: np.ndarray,
+) -> None:
+    """Puts each option's log-probability into `sums`. Sample s of a row is segment s + 1, its option j branch j + 1."""
+    for row, row_parts in enumerate(members):
+        for segment, part in enumerate(row_parts, start=1):
+            counted = batch["text_loss_mask"][row] & (batch["segment_ids"][row] == segment)
+            for branch, number in enumerate(part.options, start=1):
+                mask = counted & (batch["branch_ids"][row] == branch)
+                assert mask.sum() == len(prompts[part.item].options[number]), "every option token is counted once"
+                sums[part.item][number] = values[row][mask].sum(dtype=np.float64)
+
+
+def _collect(
+    position: int, prompts: dict[int, _Prompt], sums: dict[int, np.ndarray], unscored: dict[int, str]
+) -> OptionScores:
+    if position not in unscored and not np.isfinite(sums[position]).all():
+        unscored[position] = NOT_FINITE
+    if position in unscored:
+        return OptionScores((), (), unscored[position])
+    lengths = tuple(len(option) for option in prompts[position].options)
+    return OptionScores(tuple(sums[position].tolist()), lengths)

@@ -1,0 +1,210 @@
+"""Parameters and model FLOPs of a configuration, in closed form, per component.
+
+Model FLOPs are those of the matrix products that the method needs, 2 per multiply-add; norms, softmax, rotary
+positions, gathers, the optimizer and rematerialisation count nothing. A trained part counts its forward three times
+(forward, gradient by input, gradient by weight), as is customary; a frozen part only what still flows through it.
+Attention counts the (query, key) pairs that may attend: causal within a segment for the decoder, the whole image for
+the encoder. XLA's `cost_analysis` is no substitute: it counts the body of a scan once.
+
+Padding is reported apart: `count_work` counts real positions, `padded_work` what the static shapes make the device do.
+MFU = FLOPs of `padded_work` per second / peak; useful MFU = FLOPs of `count_work` per second / peak.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from unihetero_jax.config import MERGED_PATCHES, Config, DecoderConfig, EncoderConfig, ModelConfig, Objective
+
+PATCH_CHANNELS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one batch asks for.
+
+    Attributes:
+        tokens: row positions, visual ones and markers included.
+        patches: image patches.
+        token_pairs: (query, key) pairs of the decoder's attention; a position attends to itself, too.
+        patch_pairs: those of the encoder's attention.
+    """
+
+    tokens: int
+    patches: int
+    token_pairs: int
+    patch_pairs: int
+
+
+def count_work(config: Config, arrays: Mapping[str, np.ndarray]) -> Work:
+    """Counts a host batch's real work.
+
+    Args:
+        config: for `model.encoder.attention`.
+        arrays: fields of `arrays.Batch`: `segment_ids`, `branch_ids` [B, T] and `patch_segment_ids` [B, P].
+    """
+    segments, branches = np.asarray(arrays["segment_ids"]), np.asarray(arrays["branch_ids"])
+    images = np.asarray(arrays["patch_segment_ids"])
+    token_pairs = patch_pairs = 0
+    for row, row_branches, row_images in zip(segments, branches, images, strict=True):
+        token_pairs += _causal_pairs(row, row_branches)
+        for length in _run_lengths(row_images):
+            patch_pairs += _image_pairs(length, config.model.encoder)
+    return Work(int((segments > 0).sum()), int((images > 0).sum()), token_pairs, patch_pairs)
+
+
+def padded_work(config: Config, num_rows: int) -> Work:
+    """The work of `num_rows` rows as the static shapes have it: every position real, one segment and one image per row.
+
+    This is what dense masked attention computes, but for the causal half, which is not counted in either case.
+    """
+    tokens, patches = config.data.row_tokens, config.data.row_patches
+    return Work(
+        tokens=num_rows * tokens,
+        patches=num_rows * patches,
+        token_pairs=num_rows * (tokens * (tokens + 1) // 2),
+        patch_pairs=num_rows * _image_pairs(patches, config.model.encoder),
+    )
+
+
+def model_flops(config: Config, work: Work) -> dict[str, float]:
+    """FLOPs of one training step per component, and their `total`.
+
+    Args:
+        config: architecture, objective, frozen components and target.
+        work: of the whole batch.
+
+    Returns:
+        {"encoder", "projector", "decoder", "lm_head", "semantic_head", "ema_target", "total"}. Zero for parts that the
+        objective does not have. With replicates, those of one.
+    """
+    model, frozen = config.model, config.optimizer.frozen
+    visual_tokens = work.patches / MERGED_PATCHES
+    encoder_dense = 2 * work.patches * _encoder_weights(model.encoder)
+    encoder_attention = 4 * work.patch_pairs * model.encoder.dim * model.encoder.num_layers
+    projector = 2 * visual_tokens * _projector_weights(model)
+    decoder_dense = 2 * work.tokens * _decoder_weights(model.decoder)
+    heads_dim = model.decoder.num_heads * model.decoder.head_dim
+    decoder_attention = 4 * work.token_pairs * heads_dim * model.decoder.num_layers
+    lm_head = 2 * work.tokens * model.decoder.dim * model.decoder.vocab_size
+
+    trains = {name: name not in frozen for name in ("encoder", "projector", "decoder", "semantic_head")}
+    below_projector = trains["encoder"]
+    below_decoder = trains["encoder"] or trains["projector"]
+    below_heads = below_decoder or trains["decoder"]
+    flops = {
+        "encoder": _step(encoder_dense, trains["encoder"], False)
+        + _step_attention(encoder_attention, trains["encoder"]),
+        "projector": _step(projector, trains["projector"], below_projector),
+        "decoder": _step(decoder_dense, trains["decoder"], below_decoder)
+        + _step_attention(decoder_attention, below_heads),
+        # Tied or not, the unembedding belongs to the decoder.
+        "lm_head": _step(lm_head, trains["decoder"], below_heads),
+        "semantic_head": 0.0,
+        "ema_target": 0.0,
+    }
+    if config.objective != "understanding":
+        head = 2 * work.tokens * _semantic_head_weights(model, config.objective)
+        flops["semantic_head"] = _step(head, trains["semantic_head"], below_heads)
+    if config.objective != "understanding" and config.loss.target == "ema":
+        # A frozen component equals its own average: the online output serves, unless its input differs.
+        if trains["encoder"]:
+            flops["ema_target"] += encoder_dense + encoder_attention
+        if config.objective == "semantic_input" and (trains["encoder"] or trains["projector"]):
+            flops["ema_target"] += projector
+    flops = {name: float(value) for name, value in flops.items()}
+    return flops | {"total": sum(flops.values())}
+
+
+def parameter_counts(model: ModelConfig, objective: Objective) -> dict[str, int]:
+    """Parameters per component, and their `total`. Averages and optimizer moments are no parameters."""
+    counts = {
+        "encoder": _encoder_parameters(model.encoder),
+        "projector": _projector_weights(model) + model.projector.hidden_dim + 2 * model.decoder.dim,
+        "decoder": _decoder_parameters(model.decoder),
+    }
+    if objective != "understanding":
+        biases = model.semantic_head.hidden_dim + _target_dim(model, objective)
+        counts["semantic_head"] = _semantic_head_weights(model, objective) + biases
+    return counts | {"total": sum(counts.values())}
+
+
+def _step(forward: float, trains: bool, gradient_flows_through: bool) -> float:
+    """Forward and backward of products with weights. What trains counts three forwards, inputs' gradient included."""
+    return forward * (3 if trains else 2 if gradient_flows_through else 1)
+
+
+def _step_attention(forward: float, gradient_flows_through: bool) -> float:
+    """Both factors of attention's products are activations, so there is all of the backward or none."""
+    return forward * (3 if gradient_flows_through else 1)
+
+
+def _encoder_weights(encoder: EncoderConfig) -> int:
+    patch = encoder.patch_size**2 * PATCH_CHANNELS * encoder.dim
+    block = 4 * encoder.dim**2 + 2 * encoder.dim * encoder.mlp_dim
+    return patch + encoder.num_layers * block
+
+
+def _encoder_parameters(encoder: EncoderConfig) -> int:
+    norm = 2 * encoder.dim
+    block_biases = 4 * encoder.dim + encoder.mlp_dim + encoder.dim
+    positions = encoder.position_grid**2 * encoder.dim
+    return _encoder_weights(encoder) + encoder.dim + positions + encoder.num_layers * (block_biases + 2 * norm) + norm
+
+
+def _projector_weights(model: ModelConfig) -> int:
+    hidden = model.projector.hidden_dim
+    return MERGED_PATCHES * model.encoder.dim * hidden + hidden * model.decoder.dim
+
+
+def _decoder_weights(decoder: DecoderConfig) -> int:
+    """Weights that every position is multiplied with; the unembedding apart."""
+    queries, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    attention = decoder.dim * (2 * queries + 2 * keys)
+    return decoder.num_layers * (attention + 3 * decoder.dim * decoder.mlp_dim)
+
+
+def _decoder_parameters(decoder: DecoderConfig) -> int:
+    queries, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    embeddings = decoder.vocab_size * decoder.dim * (1 if decoder.tied_embeddings else 2)
+    grids = 2 * (decoder.max_grid + 1) * decoder.dim
+    block_rest = 2 * decoder.dim
+    if decoder.qkv_bias:
+        block_rest += queries + 2 * keys
+    if decoder.qk_norm:
+        block_rest += 2 * decoder.head_dim
+    return embeddings + grids + _decoder_weights(decoder) + decoder.num_layers * block_rest + decoder.dim
+
+
+def _target_dim(model: ModelConfig, objective: Objective) -> int:
+    return model.decoder.dim if objective == "semantic_input" else MERGED_PATCHES * model.encoder.dim
+
+
+def _semantic_head_weights(model: ModelConfig, objective: Objective) -> int:
+    hidden = model.semantic_head.hidden_dim
+    return model.decoder.dim * hidden + hidden * _target_dim(model, objective)
+
+
+def _causal_pairs(segments: np.ndarray, branches: np.ndarray) -> int:
+    """Pairs in one row: a position sees the earlier ones of its segment that are in the prefix or its own branch."""
+    pairs = 0
+    for segment in np.unique(segments[segments > 0]):
+        lengths = np.bincount(branches[segments == segment])
+        prefix = int(lengths[0])
+        pairs += prefix * (prefix + 1) // 2
+        pairs += sum(prefix * n + n * (n + 1) // 2 for n in map(int, lengths[1:]))
+    return pairs
+
+
+def _run_lengths(ids: np.ndarray) -> np.ndarray:
+    return np.unique(ids[ids > 0], return_counts=True)[1]
+
+
+def _image_pairs(num_patches: int, encoder: EncoderConfig) -> int:
+    """Pairs within an image: all of them, or those of a block with itself and earlier blocks if causal."""
+    num_patches = int(num_patches)
+    if encoder.attention == "bidirectional":
+        return num_patches**2
+    num_blocks = num_patches // MERGED_PATCHES
+    return MERGED_PATCHES**2 * (num_blocks * (num_blocks + 1) // 2)

@@ -1,0 +1,96 @@
+"""Proof that a folder holds what was written: a manifest with a digest of every file, which is covered itself.
+
+Storage flips, truncates and loses bytes, and array formats restore such files without an error. A manifest that is
+written last also says that the folder is complete.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from unihetero_jax.workdir import write_atomically
+
+MANIFEST = "manifest.json"
+_HASH_CHUNK_BYTES = 1 << 20
+
+
+def write_manifest(folder: epath.Path, content: Mapping[str, Any]) -> None:
+    """Writes the manifest as one atomic act. `content["files"]` comes from `digest_files`; the rest is the caller's."""
+    write_atomically(folder / MANIFEST, _manifest_text(content))
+
+
+def _manifest_text(content: Mapping[str, Any]) -> str:
+    body = json.dumps(content, indent=1, sort_keys=True)
+    return json.dumps({"content": json.loads(body), "digest": _digest(body.encode())}, indent=1, sort_keys=True) + "\n"
+
+
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
+    """Reads a manifest and proves it whole: written again from what was understood, it must give the same bytes.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    data = (folder / MANIFEST).read_bytes()
+    try:
+        content = json.loads(data)["content"]
+        if _manifest_text(content).encode() == data:
+            return content
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        pass
+    raise ValueError(f"file {MANIFEST}: content does not match its own digest")
+
+
+def verify(folder: epath.Path) -> str | None:
+    """What is wrong with the folder, naming a file, or None. Reads every byte of the files listed."""
+    try:
+        recorded = read_manifest(folder)["files"]
+        missing = [name for name in recorded if not (folder / name).is_file()]
+        if missing:
+            return f"file {missing[0]} is missing"
+        present = digest_files(folder, min(8, os.cpu_count() or 1), recorded)
+    except (OSError, ValueError) as error:
+        return str(error)
+    for name, entry in recorded.items():
+        if present[name]["bytes"] != entry["bytes"]:
+            return f"file {name} has {present[name]['bytes']} bytes, {entry['bytes']} were written"
+        if present[name]["digest"] != entry["digest"]:
+            return f"file {name} does not match its digest"
+    return None
+
+
+def digest_files(
+    folder: epath.Path, num_threads: int, names: Iterable[str] | None = None, ignored: Collection[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """{relative path: {"bytes", "digest"}} of the named files, or of all but the manifest and `ignored` names."""
+    names = sorted(_walk(folder, {MANIFEST, *ignored})) if names is None else list(names)
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+        return dict(zip(names, pool.map(lambda name: _digest_file(folder / name), names), strict=True))
+
+
+def _walk(folder: epath.Path, ignored: Collection[str], prefix: str = "") -> list[str]:
+    # epath refuses recursive patterns.
+    found = []
+    for path in folder.iterdir():
+        if path.is_dir():
+            found += _walk(path, ignored, f"{prefix}{path.name}/")
+        elif path.name not in ignored:
+            found.append(f"{prefix}{path.name}")
+    return found
+
+
+def _digest_file(path: epath.Path) -> dict[str, Any]:
+    state, size = hashlib.blake2b(digest_size=16), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            state.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "digest": state.hexdigest()}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,0 +1,178 @@
+"""One optimizer step: the loss graph of an objective, gradients, update; and its compilation onto a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from unihetero_jax import optim
+from unihetero_jax.arrays import Batch, LossOutput, pytree_dataclass
+from unihetero_jax.config import Config
+from unihetero_jax.model import unihetero
+from unihetero_jax.objectives import GRADIENT_GROUPS, compute_loss, count_targets, visual_weight
+from unihetero_jax.sharding import activation_mesh, batch_sharding
+from unihetero_jax.state import TrainState, create_state, state_shardings, update_ema
+
+Params = dict[str, Any]
+
+
+@pytree_dataclass
+class StepMetrics:
+    """What a step reports; fetched a step late, so the loop never waits for the device.
+
+    Attributes:
+        loss: the total that was differentiated.
+        sums, counts: per term.
+        gradient_norms: per gradient-isolated group, before clipping.
+        finite: whether the update was applied.
+        visual_weight: lambda.
+        batch_hash: two 32-bit halves, reduced from `Batch.row_hash`.
+        consecutive_skips, skipped: counters after the step.
+    """
+
+    loss: Any
+    sums: dict[str, Any]
+    counts: dict[str, Any]
+    gradient_norms: dict[str, Any]
+    finite: Any
+    visual_weight: Any
+    batch_hash: Any
+    consecutive_skips: Any
+    skipped: Any
+
+
+def loss_terms(
+    config: Config, params: Params, ema: Params, batch: Batch, weight: jax.Array, denominators: dict[str, jax.Array]
+) -> LossOutput:
+    """The whole loss graph of an objective: model, target, losses. Everything that differs between objectives is here."""
+    frozen = {name: jax.lax.stop_gradient(params[name]) for name in config.optimizer.frozen if name in params}
+    params = params | frozen
+    model = unihetero.build(config.model, config.objective, params)
+    output = model(batch, config.loss.cut_input_gradient)
+    target = output.vision
+    if ema:
+        target = unihetero.build(config.model, config.objective, jax.lax.stop_gradient(params | ema)).see(batch)
+    return compute_loss(config, output, batch, target, weight, denominators)
+
+
+def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The pure function of one step; `compile_train_step` puts it on a mesh."""
+    optimizer = optim.make_optimizer(config)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        weight = visual_weight(config.loss, state.step)
+        gradients, losses = _accumulated_gradients(config, state, batch, weight)
+        groups = GRADIENT_GROUPS[config.objective]
+        gradients, norms, finite = optim.clip_by_group(gradients, groups, config.optimizer.clip_norm)
+        kept = {name: state.params[name] for name in gradients}
+        updates, opt_state = optimizer.update(gradients, state.opt_state, kept)
+        params = state.params | jax.tree.map(lambda p, u: p + u, kept, updates)
+        ema = update_ema(state.ema, params, config.loss.ema_decay)
+        params, ema, opt_state = _where(
+            finite, (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+        )
+        skipped = state.skipped + ~finite
+        consecutive = jnp.where(finite, 0, state.consecutive_skips + 1)
+        new_state = TrainState(state.step + 1, params, ema, opt_state, skipped, consecutive)
+        return new_state, StepMetrics(
+            losses.loss, losses.sums, losses.counts, norms, finite, weight, batch_hash(batch), consecutive, skipped
+        )
+
+    return train_step
+
+
+def _accumulated_gradients(
+    config: Config, state: TrainState, batch: Batch, weight: jax.Array
+) -> tuple[Params, LossOutput]:
+    """Gradients of the whole batch, computed in `accumulation_steps` microbatches over the same denominators."""
+    denominators = count_targets(batch)
+    trainable = optim.trainable(state.params, config.optimizer.frozen)
+
+    def loss_of(trainable: Params, batch: Batch) -> tuple[jax.Array, LossOutput]:
+        output = loss_terms(config, state.params | trainable, state.ema, batch, weight, denominators)
+        return output.loss, output
+
+    gradient_of = jax.grad(loss_of, has_aux=True)
+    num_parts = config.train.accumulation_steps
+    if num_parts == 1:
+        return gradient_of(trainable, batch)
+    # Rows are dealt in turn: each microbatch keeps the rows' layout over devices.
+    parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient_of, trainable, _first(parts)))
+    total, _ = jax.lax.scan(
+        lambda total, part: (jax.tree.map(jnp.add, total, gradient_of(trainable, part)), None), zero, parts
+    )
+    return total
+
+
+def _first(parts: Batch) -> Batch:
+    return jax.tree.map(lambda x: x[0], parts)
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def make_eval_step(config: Config) -> Callable[[TrainState, Batch], LossOutput]:
+    """The losses of a batch without any update, jitted; with replicates, of every replicate."""
+
+    def eval_step(state: TrainState, batch: Batch) -> LossOutput:
+        weight = visual_weight(config.loss, state.step)
+        return loss_terms(config, state.params, state.ema, batch, weight, count_targets(batch))
+
+    return jax.jit(eval_step if config.train.num_replicates == 1 else jax.vmap(eval_step, in_axes=(0, None)))
+
+
+def batch_hash(batch: Batch) -> jax.Array:
+    """uint32[2] over all rows and their order; equal on any number of devices and processes."""
+    rows = jnp.arange(batch.row_hash.shape[0], dtype=jnp.uint32)[:, None]
+    mixed = (batch.row_hash.astype(jnp.uint32) ^ (rows * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+    return jnp.sum((mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35), axis=0, dtype=jnp.uint32)
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state on this mesh; allocates nothing."""
+    shapes = jax.eval_shape(_initialiser(config))
+    axes = unihetero.logical_axes(config.model, config.objective)
+    shardings = state_shardings(config, shapes, axes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """A fresh state, born sharded: no device ever holds a full copy."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    return jax.jit(_initialiser(config), out_shardings=shardings)()
+
+
+def _initialiser(config: Config) -> Callable[[], TrainState]:
+    optimizer = optim.make_optimizer(config)
+
+    def one(seed: jax.Array) -> TrainState:
+        return create_state(config, unihetero.init_params(config.model, config.objective, seed), optimizer)
+
+    num_replicates = config.train.num_replicates
+    if num_replicates == 1:
+        return lambda: one(jnp.int32(config.seed))
+    return lambda: jax.vmap(one)(config.seed + jnp.arange(num_replicates, dtype=jnp.int32))
+
+
+def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The step under `jax.jit` with shardings (what used to be pjit); the old state's memory is donated."""
+    step = make_train_step(config)
+    replicates = config.train.num_replicates > 1
+    if replicates:
+        step = jax.vmap(step, in_axes=(0, None))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+
+    def on_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        with activation_mesh(None if replicates else mesh):
+            return step(state, batch)
+
+    return jax.jit(
+        on_mesh,
+        in_shardings=(shardings, batch_sharding(mesh, replicates)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
