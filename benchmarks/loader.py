@@ -31,7 +31,11 @@ from unihetero_jax.data.records import ImageSegment, Record, TextSegment
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 ROW_TOKENS, ROW_PATCHES, MAX_PATCHES = 1024, 2048, 256
-WORDS = [a + b for a in ("ba", "ko", "ri", "su", "te", "na", "lo", "mi") for b in ("n", "r", "l", "s", "mo", "ta", "ve", "di")]
+WORDS = [
+    a + b
+    for a in ("ba", "ko", "ri", "su", "te", "na", "lo", "mi")
+    for b in ("n", "r", "l", "s", "mo", "ta", "ve", "di")
+]
 RESUME_WINDOWS = (1, 1_000, 1_000_000)
 SHARDS, WINDOW = 8, 4096
 
@@ -67,19 +71,32 @@ def write_source(folder: Path, items: list[Record], tokenizer: Tokenizer, spec: 
     writer.close()
     np.save(folder / "index" / f"{records.index_key(tokenizer.hash, spec)}.train.npy", index)
     digest = hashlib.blake2b(path.read_bytes()).hexdigest()
-    manifest = {"record_version": records.RECORD_VERSION, "source": "bench", "num_records": {"train": len(items), "val": 0},
-                "files": {path.name: {"bytes": path.stat().st_size, "digest": digest}}, "dropped": {}, "licence": "",
-                "settings": {}}
+    manifest = {
+        "record_version": records.RECORD_VERSION,
+        "source": "bench",
+        "num_records": {"train": len(items), "val": 0},
+        "files": {path.name: {"bytes": path.stat().st_size, "digest": digest}},
+        "dropped": {},
+        "licence": "",
+        "settings": {},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def make_config(folder: Path) -> Config:
     config = base.get_config()
-    config.data.sources = {"bench": {"path": str(folder / "source"), "weight": 1.0, "augment": "none"}}
-    config.data.tokenizer = str(folder / "tokenizer")
-    config.data.update(row_tokens=ROW_TOKENS, row_patches=ROW_PATCHES, image_min_patches=4, image_max_patches=MAX_PATCHES,
-                       num_data_shards=SHARDS, window_size=WINDOW)
-    config.train.global_batch_rows = 16
+    fields = {
+        "data.sources": {"bench": {"path": str(folder / "source"), "weight": 1.0, "augment": "none"}},
+        "data.tokenizer": str(folder / "tokenizer"),
+        "data.row_tokens": ROW_TOKENS,
+        "data.row_patches": ROW_PATCHES,
+        "data.image_min_patches": 4,
+        "data.image_max_patches": MAX_PATCHES,
+        "data.num_data_shards": SHARDS,
+        "data.window_size": WINDOW,
+        "train.global_batch_rows": 16,
+    }
+    config.update_from_flattened_dict(fields)
     return from_config_dict(config)
 
 
@@ -96,27 +113,34 @@ def generate_lengths(path: Path, count: int) -> np.ndarray:
         text = np.clip(rng.lognormal(4.2, 0.9, size), 3, ROW_TOKENS // 2).astype(np.int64)
         chunk["num_tokens"], chunk["num_patches"] = text + visual + 2 * with_image + 1, visual * 4
         chunk["num_images"] = with_image
-        index[start:start + size] = chunk
+        index[start : start + size] = chunk
     index.flush()
     return np.load(path, mmap_mode="r")
 
 
+def make_planner(index: np.ndarray) -> mixture.WindowPlanner:
+    return mixture.WindowPlanner({"bench": index}, {"bench": 1.0}, 0, ROW_TOKENS, ROW_PATCHES, SHARDS, WINDOW)
+
+
 def measure_planning(index: np.ndarray, seconds: float) -> dict[str, float]:
-    """Windows planned one after another, and the time of one window at far positions."""
-    planner = mixture.WindowPlanner({"bench": index}, {"bench": 1.0}, 0, ROW_TOKENS, ROW_PATCHES, SHARDS, WINDOW)
+    """Whole windows planned one after another (so padding is exact), and the time of one round at far positions."""
+    planner = make_planner(index)
     tokens = patches = rows = windows = 0
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < seconds or windows < SHARDS:
         plan = planner.plan(windows % SHARDS, windows // SHARDS)
         rows += len(plan.rows)
         tokens += int(index["num_tokens"][plan.records].sum())
         patches += int(index["num_patches"][plan.records].sum())
         windows += 1
     elapsed = time.perf_counter() - start
-    result = {"samples_per_s": windows * WINDOW / elapsed, "token_padding": 1 - tokens / (rows * ROW_TOKENS),
-              "patch_padding": 1 - patches / (rows * ROW_PATCHES)}
+    result = {
+        "samples_per_s": windows * WINDOW / elapsed,
+        "token_padding": 1 - tokens / (rows * ROW_TOKENS),
+        "patch_padding": 1 - patches / (rows * ROW_PATCHES),
+    }
     for window in RESUME_WINDOWS:
-        fresh = mixture.WindowPlanner({"bench": index}, {"bench": 1.0}, 0, ROW_TOKENS, ROW_PATCHES, SHARDS, WINDOW)
+        fresh = make_planner(index)
         start = time.perf_counter()
         for shard in range(SHARDS):
             fresh.plan(shard, window)
@@ -125,21 +149,21 @@ def measure_planning(index: np.ndarray, seconds: float) -> dict[str, float]:
 
 
 def measure_reading(config: Config, tokenizer: Tokenizer, seconds: float) -> dict[str, float]:
-    """Samples per second of the whole loader, its padding, and the time from a saved position to the next batch."""
-    iterator = mixture.make_train_iterator(config, tokenizer)
+    """Samples per second of the whole loader, padding of its stream, time from a saved position to a batch."""
+    dataset = mixture.MixtureDataset(config, tokenizer)
+    iterator = iter(dataset)
     for _ in range(config.data.prefetch_batches + 1):
         next(iterator)
-    samples = pad_tokens = pad_patches = batches = 0
+    samples = tokens = 0
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         batch = next(iterator)
         samples += len(batch.sample_ids)
-        pad_tokens, pad_patches = pad_tokens + batch.counters["pad_tokens"], pad_patches + batch.counters["pad_patches"]
-        batches += 1
+        tokens += batch.counters["tokens/bench"]
     elapsed = time.perf_counter() - start
-    rows = batches * config.train.global_batch_rows
-    result = {"samples_per_s": samples / elapsed, "tokens_per_s": (rows * ROW_TOKENS - pad_tokens) / elapsed,
-              "token_padding": pad_tokens / (rows * ROW_TOKENS), "patch_padding": pad_patches / (rows * ROW_PATCHES)}
+    planned = measure_planning(dataset.sources["bench"].index, 0.0)  # of whole windows: a few seconds see but a part
+    result = {"samples_per_s": samples / elapsed, "tokens_per_s": tokens / elapsed}
+    result |= {key: planned[key] for key in ("token_padding", "patch_padding")}
     iterator.close()
     for window in RESUME_WINDOWS:
         fresh = mixture.make_train_iterator(config, tokenizer)
@@ -158,8 +182,13 @@ def describe_machine() -> dict[str, object]:
     if cpuinfo.is_file():
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].split(":", 1)[1].strip() if lines else model
-    return {"cpu": model, "cores": os.cpu_count(), "load_average": os.getloadavg()[0], "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in names}}
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
@@ -167,7 +196,9 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
     print(f"{'':24}{'samples/s':>11}{'token pad':>11}{'patch pad':>11}" + "".join(f"{title:>15}" for title in resume))
     for name, row in results.items():
         times = "".join(f"{row[f'resume_window_{window}_s']:>13.3f} s" for window in RESUME_WINDOWS)
-        print(f"{name:24}{row['samples_per_s']:>11,.0f}{row['token_padding']:>11.2%}{row['patch_padding']:>11.2%}{times}")
+        print(
+            f"{name:24}{row['samples_per_s']:>11,.0f}{row['token_padding']:>11.2%}{row['patch_padding']:>11.2%}{times}"
+        )
 
 
 def main() -> None:
@@ -195,8 +226,15 @@ def main() -> None:
             with_threads = dataclasses.replace(config, data=dataclasses.replace(config.data, num_threads=threads))
             results[f"loader, {threads} threads"] = measure_reading(with_threads, tokenizer, arguments.seconds)
     print_table(results)
-    report = {"machine": machine, "row_tokens": ROW_TOKENS, "row_patches": ROW_PATCHES, "image_max_patches": MAX_PATCHES,
-              "num_data_shards": SHARDS, "window_size": WINDOW, "results": results}
+    report = {
+        "machine": machine,
+        "row_tokens": ROW_TOKENS,
+        "row_patches": ROW_PATCHES,
+        "image_max_patches": MAX_PATCHES,
+        "num_data_shards": SHARDS,
+        "window_size": WINDOW,
+        "results": results,
+    }
     Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.out).write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {arguments.out}")

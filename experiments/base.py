@@ -72,6 +72,9 @@ def get_config(arg: str = "") -> ConfigDict:
         },
         "checkpoint": {"every_steps": 200, "keep_last": 3, "keep_every_steps": 0},
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
-        "eval": {"benchmarks": {}, "batch_rows": 16, "validation_rows": 64},
-        "diagnostics": {"within_spread_warn": 0.20, "within_spread_alarm": 0.10, "copy_distance_alarm": 0.10},
+        "eval": {
+            "benchmarks": {}, "batch_rows": 16, "validation_rows": 64,
+            "rollout_source": "", "rollout_candidates": 64,
+        },
+        "diagnostics": {"within_spread_warn": 0.20, "within_spread_alarm": 0.10, "copy_distance_alarm": 0.10, "retrieval_alarm": 0.10},
     })

@@ -30,15 +30,18 @@ def png(height, width, seed=0):
 
 
 def make_records(name, count):
-    """Text, read images and generated images of many aspect ratios; ids are in the text so that samples are told apart."""
+    """Text, read images and generated images of many aspect ratios; the id in the text tells them apart."""
     made = []
     for i in range(count):
         rng = np.random.default_rng([count, i])
         text = f"{name} {i} " + " ".join(rng.choice(WORDS, rng.integers(1, 30)))
         height, width = (int(side) for side in rng.integers(16, 60, 2))
         image = ImageSegment(png(height, width, i), height, width)
-        segments = [(TextSegment(text, True),), (image, TextSegment(text), TextSegment(" red", True)),
-                    (TextSegment(text, True), image)][i % 3]
+        segments = [
+            (TextSegment(text, True),),
+            (image, TextSegment(text), TextSegment(" red", True)),
+            (TextSegment(text, True), image),
+        ][i % 3]
         made.append(Record(name, "caption", segments, {"id": i}))
     return made
 
@@ -61,8 +64,15 @@ def write_source(folder, name, tokenizer, splits, spec=SPEC, num_files=2):
                 writer.write(records.serialize(items[i]))
             writer.close()
             files[path.name] = {"bytes": path.stat().st_size, "digest": hashlib.blake2b(path.read_bytes()).hexdigest()}
-    manifest = {"record_version": records.RECORD_VERSION, "source": name, "files": files, "dropped": {}, "licence": "",
-                "num_records": {split: len(items) for split, items in splits.items()}, "settings": {}}
+    manifest = {
+        "record_version": records.RECORD_VERSION,
+        "source": name,
+        "files": files,
+        "dropped": {},
+        "licence": "",
+        "num_records": {split: len(items) for split, items in splits.items()},
+        "settings": {},
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -89,11 +99,20 @@ def folders(tmp_path_factory, tokenizer):
 
 def make_config(folders, tokenizer_folder, **overrides):
     config = base.get_config()
-    config.data.sources = {"a": {"path": str(folders / "a"), "weight": 3.0, "augment": "mirror_shift"},
-                           "b": {"path": str(folders / "b"), "weight": 1.0, "augment": "none"}}
+    config.data.sources = {
+        "a": {"path": str(folders / "a"), "weight": 3.0, "augment": "mirror_shift"},
+        "b": {"path": str(folders / "b"), "weight": 1.0, "augment": "none"},
+    }
     config.data.tokenizer = str(tokenizer_folder)
-    config.data.update(row_tokens=160, row_patches=144, image_min_patches=SPEC.min_patches, window_size=40,
-                       image_max_patches=SPEC.max_patches, num_data_shards=4, max_failed_share=0.5)
+    config.data.update(
+        row_tokens=160,
+        row_patches=144,
+        image_min_patches=SPEC.min_patches,
+        window_size=40,
+        image_max_patches=SPEC.max_patches,
+        num_data_shards=4,
+        max_failed_share=0.5,
+    )
     config.train.global_batch_rows = 8
     config.eval.batch_rows = 4
     for path, value in overrides.items():
@@ -131,7 +150,9 @@ def reference(folders, tokenizer, tokenizer_folder):
 
 
 @pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (1, 4), (2, 4)])
-def test_stream_does_not_depend_on_threads_or_prefetch(folders, tokenizer, tokenizer_folder, reference, threads, prefetch):
+def test_stream_does_not_depend_on_threads_or_prefetch(
+    folders, tokenizer, tokenizer_folder, reference, threads, prefetch
+):
     config = make_config(folders, tokenizer_folder, data__num_threads=threads, data__prefetch_batches=prefetch)
     iterator = mixture.make_train_iterator(config, tokenizer)
     batches = [next(iterator) for _ in range(24)]
@@ -147,21 +168,24 @@ def test_restores_after_every_batch(folders, tokenizer, tokenizer_folder, refere
         iterator.set_state(states[after])
         np.testing.assert_array_equal(iterator.get_state()["position"], states[after]["position"])
         following = [next(iterator) for _ in range(min(2, 24 - after))]
-        assert_same(following, batches[after:after + 2])
+        assert_same(following, batches[after : after + 2])
     iterator.close()
     for after in range(0, 24, 6):
         fresh = mixture.make_train_iterator(make_config(folders, tokenizer_folder), tokenizer)
         fresh.set_state(states[after])
-        assert_same(take(fresh, 1), batches[after:after + 1])
+        assert_same(take(fresh, 1), batches[after : after + 1])
 
 
-@pytest.mark.parametrize(("shards", "batch_rows", "parts"), [
-    (4, 8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
-    (4, 8, [[7, 0], [1, 2, 3], [4, 5, 6]]),
-    (2, 8, [[0], [1, 2, 3, 4, 5], [6, 7]]),
-    (8, 4, [[0, 1], [2, 3]]),
-    (6, 3, [[0], [1], [2]]),
-])
+@pytest.mark.parametrize(
+    ("shards", "batch_rows", "parts"),
+    [
+        (4, 8, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (4, 8, [[7, 0], [1, 2, 3], [4, 5, 6]]),
+        (2, 8, [[0], [1, 2, 3, 4, 5], [6, 7]]),
+        (8, 4, [[0, 1], [2, 3]]),
+        (6, 3, [[0], [1], [2]]),
+    ],
+)
 def test_processes_together_make_the_whole(folders, tokenizer, tokenizer_folder, shards, batch_rows, parts):
     config = make_config(folders, tokenizer_folder, data__num_data_shards=shards, train__global_batch_rows=batch_rows)
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_rows=4))
@@ -199,14 +223,16 @@ def lengths(count, tokens=10):
 
 
 def make_planner(sizes, weights, window=64, shards=2, seed=0):
-    return mixture.WindowPlanner({name: lengths(size) for name, size in sizes.items()}, weights, seed, 128, 8, shards, window)
+    return mixture.WindowPlanner(
+        {name: lengths(size) for name, size in sizes.items()}, weights, seed, 128, 8, shards, window
+    )
 
 
 def test_weights_hold_exactly_and_evenly():
     schedule = mixture.source_schedule({"x": 7.0, "y": 2.0, "z": 1.0})
     assert np.bincount(schedule).tolist() == [7000, 2000, 1000]
     for start in range(0, 10_000, 1000):
-        assert np.abs(np.bincount(schedule[start:start + 1000]) - [700, 200, 100]).max() <= 1
+        assert np.abs(np.bincount(schedule[start : start + 1000]) - [700, 200, 100]).max() <= 1
     reordered = mixture.source_schedule({"z": 1.0, "x": 7.0, "y": 2.0})
     assert (np.asarray([1, 2, 0])[schedule] == reordered).all()
     tiny = np.bincount(mixture.source_schedule({"big": 1e9, "small": 1.0, "other": 1.0}))
@@ -221,7 +247,7 @@ def test_every_record_once_per_epoch():
         mine = numbers[sources == source]
         assert (epochs[sources == source] == np.arange(7500) // size).all()
         for epoch in range(len(mine) // size):
-            assert sorted(mine[epoch * size:(epoch + 1) * size].tolist()) == list(range(size))
+            assert sorted(mine[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
     first, second = numbers[sources == 0][:2500], numbers[sources == 0][2500:5000]
     assert (first != second).mean() > 0.9
     assert (first != np.arange(2500)).mean() > 0.9
@@ -239,6 +265,7 @@ def test_adding_a_source_moves_no_other():
     def order(planner, source):
         sources, numbers, _ = planner.draws(0, 30_000)
         return numbers[sources == source][:3000].tolist()
+
     alone = make_planner({"a": 3000}, {"a": 1.0})
     both = make_planner({"new": 50, "a": 3000}, {"new": 1.0, "a": 4.0})
     assert order(alone, 0) == order(both, 1)
@@ -247,7 +274,7 @@ def test_adding_a_source_moves_no_other():
 
 def test_reads_stay_in_blocks():
     numbers = make_planner({"a": 100_000}, {"a": 1.0}).draws(0, 10 * 1024)[1]
-    assert all(len(set((numbers[i:i + 1024] // 1024).tolist())) <= 2 for i in range(0, len(numbers), 1024))
+    assert all(len(set((numbers[i : i + 1024] // 1024).tolist())) <= 2 for i in range(0, len(numbers), 1024))
 
 
 def test_windows_cover_the_draws_once():
@@ -272,6 +299,7 @@ def test_plans_far_away_cost_the_same():
             planner.plan(0, window + attempt)
             times.append(time.perf_counter() - start)
         return min(times)
+
     near, far = best(1), best(10**6)
     assert far < 4 * near + 0.05
 
@@ -282,7 +310,9 @@ def test_too_long_records_are_dropped_and_counted(tmp_path, tokenizer, tokenizer
     items[8] = Record("a", "text", (TextSegment("blue " * 500, True),))
     write_source(tmp_path / "a", "a", tokenizer, {"train": items})
     write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 10)})
-    config = make_config(tmp_path, tokenizer_folder, data__num_data_shards=1, data__window_size=80, train__global_batch_rows=1)
+    config = make_config(
+        tmp_path, tokenizer_folder, data__num_data_shards=1, data__window_size=80, train__global_batch_rows=1
+    )
     iterator = mixture.make_train_iterator(config, tokenizer)
     first_rows = []
     while iterator.get_state()["position"][0, 0] == 0:
@@ -292,7 +322,9 @@ def test_too_long_records_are_dropped_and_counted(tmp_path, tokenizer, tokenizer
     assert sum(batch.counters["dropped/a"] for batch in first_rows) == 6
     ids = list(itertools.chain(*(batch.sample_ids for batch in first_rows)))
     assert not {"a/3", "a/8"} & set(ids)
-    assert sorted(ids) == sorted([f"a/{i}" for i in range(20) if i not in (3, 8)] * 3 + [f"b/{i}" for i in range(10)] * 2)
+    assert sorted(ids) == sorted(
+        [f"a/{i}" for i in range(20) if i not in (3, 8)] * 3 + [f"b/{i}" for i in range(10)] * 2
+    )
 
 
 def test_nothing_fits_is_an_error(tmp_path, tokenizer, tokenizer_folder):
@@ -309,10 +341,13 @@ def damage(folder, bad):
     items = make_records("a", 70)
     wrong = {i: records.serialize(items[i]) for i in bad}
     keys = list(bad)
-    truncated = [s for s in items[keys[0]].segments if isinstance(s, ImageSegment)][0]
-    cut = dataclasses.replace(truncated, data=truncated.data[:-len(truncated.data) // 2])
-    wrong[keys[0]] = records.serialize(dataclasses.replace(items[keys[0]], segments=tuple(
-        cut if isinstance(s, ImageSegment) else s for s in items[keys[0]].segments)))
+    truncated = next(s for s in items[keys[0]].segments if isinstance(s, ImageSegment))
+    cut = dataclasses.replace(truncated, data=truncated.data[: -len(truncated.data) // 2])
+    wrong[keys[0]] = records.serialize(
+        dataclasses.replace(
+            items[keys[0]], segments=tuple(cut if isinstance(s, ImageSegment) else s for s in items[keys[0]].segments)
+        )
+    )
     wrong[keys[1]] = b"\x00 no record"
     wrong[keys[2]] = records.serialize(Record("a", "text", (TextSegment("longer than the index says " * 3, True),)))
     for number, part in enumerate(np.array_split(np.arange(70), 2)):
@@ -351,7 +386,11 @@ def test_bad_records_become_padding_in_place(tmp_path, tokenizer, tokenizer_fold
         for key, count in batch.counters.items():
             if key.startswith("failed_reason/"):
                 reasons[key] = reasons.get(key, 0) + count
-    assert set(reasons) == {"failed_reason/truncated_image", "failed_reason/not_a_record", "failed_reason/cost_mismatch"}
+    assert set(reasons) == {
+        "failed_reason/truncated_image",
+        "failed_reason/not_a_record",
+        "failed_reason/cost_mismatch",
+    }
     assert sum(reasons.values()) == len(warnings)
     assert any("train-00000-of-00002.array_record: record 4: not_a_record" in warning for warning in warnings)
 
@@ -376,7 +415,9 @@ def test_too_many_failures_stop_the_run(tmp_path, tokenizer, tokenizer_folder, m
     write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 31)})
     damage(tmp_path / "a", (1, 4, 6))
     monkeypatch.setattr(mixture, "FAILED_MIN_SAMPLES", 100)
-    iterator = mixture.make_train_iterator(make_config(tmp_path, tokenizer_folder, data__max_failed_share=0.01), tokenizer)
+    iterator = mixture.make_train_iterator(
+        make_config(tmp_path, tokenizer_folder, data__max_failed_share=0.01), tokenizer
+    )
     count = 0
     with pytest.raises(ValueError, match=r"samples could not be read, more than data\.max_failed_share 0\.01"):
         for batch in iterator:
@@ -389,6 +430,7 @@ def test_too_many_failures_stop_the_run(tmp_path, tokenizer, tokenizer_folder, m
 def test_other_errors_name_file_and_record(folders, tokenizer, tokenizer_folder, monkeypatch):
     def broken(*_):
         raise KeyError("a fault of the program")
+
     monkeypatch.setattr(mixture, "deserialize", broken)
     iterator = mixture.make_train_iterator(make_config(folders, tokenizer_folder), tokenizer)
     with pytest.raises(RuntimeError, match=r"train-0000\d-of-00002\.array_record: record \d+: KeyError"):
@@ -397,7 +439,11 @@ def test_other_errors_name_file_and_record(folders, tokenizer, tokenizer_folder,
 
 
 def test_images_keep_their_aspect_ratio(folders, tokenizer, tokenizer_folder, reference):
-    made = {f"{name}/{i}": record for name, count in (("a", 70), ("b", 31)) for i, record in enumerate(make_records(name, count))}
+    made = {
+        f"{name}/{i}": record
+        for name, count in (("a", 70), ("b", 31))
+        for i, record in enumerate(make_records(name, count))
+    }
     seen = set()
     for batch in reference[0]:
         ids = iter(batch.sample_ids)
@@ -427,7 +473,9 @@ def test_sources_are_checked_at_open(tmp_path, folders, tokenizer, tokenizer_fol
     def opened(folder):
         config = make_config(folders, tokenizer_folder)
         broken = {**config.data.sources, "a": dataclasses.replace(config.data.sources["a"], path=str(folder))}
-        mixture.make_train_iterator(dataclasses.replace(config, data=dataclasses.replace(config.data, sources=broken)), tokenizer)
+        mixture.make_train_iterator(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, sources=broken)), tokenizer
+        )
 
     with pytest.raises(ValueError, match=r"data\.sources\.a\.path: folder .*missing does not exist"):
         opened(tmp_path / "missing")
@@ -440,7 +488,10 @@ def test_sources_are_checked_at_open(tmp_path, folders, tokenizer, tokenizer_fol
     write_source(tmp_path / "other", "a", tokenizer, {"train": make_records("a", 6)}, spec=ImageSpec(8, 4, 64))
     with pytest.raises(ValueError, match=r"python -m data_pipelines\.index .*other --tokenizer="):
         opened(tmp_path / "other")
-    cut = write_source(tmp_path / "cut", "a", tokenizer, {"train": make_records("a", 6)}) / "train-00001-of-00002.array_record"
+    cut = (
+        write_source(tmp_path / "cut", "a", tokenizer, {"train": make_records("a", 6)})
+        / "train-00001-of-00002.array_record"
+    )
     cut.write_bytes(cut.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"train-00001-of-00002\.array_record has \d+ bytes, manifest\.json says \d+"):
         opened(tmp_path / "cut")
@@ -462,7 +513,9 @@ def test_validation_takes_every_item_once(folders, tokenizer, tokenizer_folder, 
         for tokens, segments, visual in zip(batch["tokens"], batch["segment_ids"], batch["visual_mask"], strict=True):
             for number in range(1, segments.max() + 1):
                 found.append(tokenizer.decode(tokens[(segments == number) & ~visual]))
-    expected = ["".join(s.text for s in record.segments if isinstance(s, TextSegment)) for record in make_records("v", 23)]
+    expected = [
+        "".join(s.text for s in record.segments if isinstance(s, TextSegment)) for record in make_records("v", 23)
+    ]
     assert sorted(found) == sorted(expected)
     other_seed = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=9))
     again = np.concatenate([batch["row_hash"] for batch in mixture.validation_batches(other_seed, tokenizer, "a")])
@@ -474,5 +527,5 @@ def test_validation_can_be_bounded_or_empty(folders, tokenizer, tokenizer_folder
     batches = list(mixture.validation_batches(config, tokenizer, "a"))
     assert [int(batch["segment_ids"].any(axis=1).sum()) for batch in batches] == [2, 1]
     assert list(mixture.validation_batches(config, tokenizer, "b")) == []
-    with pytest.raises(ValueError, match="data.sources has no 'c'"):
+    with pytest.raises(ValueError, match=r"data\.sources has no 'c'"):
         next(mixture.validation_batches(config, tokenizer, "c"))

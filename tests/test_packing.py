@@ -41,11 +41,29 @@ def picture(height, width, value=0):
 
 
 def drawn_samples():
-    first = PackedSample([TokenPiece([THE, CAT], True), TokenPiece([BOI], True), ImagePiece(picture(4, 4, 7), True),
-                          TokenPiece([EOI], True), TokenPiece([EOS], True)], source_id=3, identity=11)
-    second = PackedSample([TokenPiece([BOI]), ImagePiece(picture(2, 8, 9)), TokenPiece([EOI]),
-                           TokenPiece([Q1], False, 1), TokenPiece([A1], True, 1),
-                           TokenPiece([Q2, A2], [True, True], 2)], source_id=1, identity=12)
+    first = PackedSample(
+        [
+            TokenPiece([THE, CAT], True),
+            TokenPiece([BOI], True),
+            ImagePiece(picture(4, 4, 7), True),
+            TokenPiece([EOI], True),
+            TokenPiece([EOS], True),
+        ],
+        source_id=3,
+        identity=11,
+    )
+    second = PackedSample(
+        [
+            TokenPiece([BOI]),
+            ImagePiece(picture(2, 8, 9)),
+            TokenPiece([EOI]),
+            TokenPiece([Q1], False, 1),
+            TokenPiece([A1], True, 1),
+            TokenPiece([Q2, A2], [True, True], 2),
+        ],
+        source_id=1,
+        identity=12,
+    )
     return [first, second]
 
 
@@ -85,13 +103,17 @@ def test_a_hole_moves_nothing_behind_it():
     holed = packing.assemble_row([samples[0], Hole(10, 16, 1), *samples], 48, 80, 1, PAD)
     for name in set(whole) - {"row_hash"}:
         lost = slice(16, 32) if "patch" in name else slice(9, 19)
-        np.testing.assert_array_equal(np.delete(holed[name], np.r_[lost], 0), np.delete(whole[name], np.r_[lost], 0), err_msg=name)
+        np.testing.assert_array_equal(
+            np.delete(holed[name], np.r_[lost], 0), np.delete(whole[name], np.r_[lost], 0), err_msg=name
+        )
         padding = PAD if name == "tokens" else 0
         assert (holed[name][lost] == padding).all(), name
 
 
 def test_first_tokens_are_never_targets():
-    eager = PackedSample([TokenPiece([1, 2], True), TokenPiece([3, 4], True, 1), TokenPiece([], True, 2), TokenPiece([5, 6], True, 2)])
+    eager = PackedSample(
+        [TokenPiece([1, 2], True), TokenPiece([3, 4], True, 1), TokenPiece([], True, 2), TokenPiece([5, 6], True, 2)]
+    )
     row = packing.assemble_row([eager, eager], 14, 4, 1, PAD)
     assert row["text_loss_mask"].tolist() == [False, True, True, True, False, True] * 2 + [False] * 2
     assert row["positions"][:6].tolist() == [0, 1, 2, 3, 2, 3]
@@ -100,12 +122,22 @@ def test_first_tokens_are_never_targets():
 def test_row_hash_follows_samples_and_contents():
     def hashed(samples):
         return packing.assemble_row(samples, 48, 80, 1, PAD)["row_hash"].tolist()
+
     first, second = drawn_samples()
     other_identity = PackedSample(first.pieces, first.source_id, 99)
     other_pixels = PackedSample([*first.pieces[:2], ImagePiece(picture(4, 4, 8), True), *first.pieces[3:]], 3, 11)
     other_token = PackedSample([TokenPiece([THE, A1], True), *first.pieces[1:]], 3, 11)
-    hashes = [hashed(s) for s in ([first, second], [second, first], [first], [other_identity, second],
-                                  [other_pixels, second], [other_token, second])]
+    hashes = [
+        hashed(s)
+        for s in (
+            [first, second],
+            [second, first],
+            [first],
+            [other_identity, second],
+            [other_pixels, second],
+            [other_token, second],
+        )
+    ]
     assert len({tuple(h) for h in hashes}) == len(hashes)
     assert hashed([first, second]) == hashes[0]
 
@@ -133,7 +165,13 @@ RECORDS = {
     "caption": (TextSegment("a red", True), image(8, 8)),
     "read": (image(8, 16), TextSegment("what?"), TextSegment(" red", True)),
     "dialogue": (image(8, 8), TextSegment("q"), TextSegment(" a", True), TextSegment("q"), TextSegment(" b", True)),
-    "turns": (image(8, 8), TextSegment("q", False, 1), TextSegment(" a", True, 1), TextSegment("p", False, 2), TextSegment(" b", True, 2)),
+    "turns": (
+        image(8, 8),
+        TextSegment("q", False, 1),
+        TextSegment(" a", True, 1),
+        TextSegment("p", False, 2),
+        TextSegment(" b", True, 2),
+    ),
     "unanswered": (image(8, 8), TextSegment("q", True, 1), TextSegment("z", False, 1), TextSegment("", True, 2)),
     "two images": (image(8, 8), TextSegment("then"), image(16, 4)),
     "text": (TextSegment("just text", True),),
@@ -153,11 +191,18 @@ def test_cost_of_planner_and_reader_agree(name, tokenizer):
 
 
 def targets(segments, tokenizer):
-    row = packing.assemble_row([packing.sample_from_record(Record("s", "vqa", segments), tokenizer, SPEC)], 64, 32, 4, tokenizer.pad_id)
+    row = packing.assemble_row(
+        [packing.sample_from_record(Record("s", "vqa", segments), tokenizer, SPEC)], 64, 32, 4, tokenizer.pad_id
+    )
     names = {tokenizer.boi_id: "boi", tokenizer.eoi_id: "eoi", tokenizer.eos_id: "eos"}
     tokens = [names.get(int(t), tokenizer.decode([t])) for t in row["tokens"]]
-    shown = [f"{'+' if loss else '-'}{'v' if visual else token}" for token, loss, visual, segment in
-             zip(tokens, row["text_loss_mask"], row["visual_mask"], row["segment_ids"], strict=True) if segment]
+    shown = [
+        f"{'+' if loss else '-'}{'v' if visual else token}"
+        for token, loss, visual, segment in zip(
+            tokens, row["text_loss_mask"], row["visual_mask"], row["segment_ids"], strict=True
+        )
+        if segment
+    ]
     return " ".join(shown), row
 
 
@@ -171,8 +216,16 @@ def test_targets_of_a_generated_image(tokenizer):
 
 
 def test_targets_of_turns(tokenizer):
-    shown, row = targets((image(8, 8), TextSegment("q", False, 1), TextSegment("a", True, 1), TextSegment("p", False, 2),
-                          TextSegment("b", True, 2)), tokenizer)
+    shown, row = targets(
+        (
+            image(8, 8),
+            TextSegment("q", False, 1),
+            TextSegment("a", True, 1),
+            TextSegment("p", False, 2),
+            TextSegment("b", True, 2),
+        ),
+        tokenizer,
+    )
     assert shown == "-boi -v -eoi -q +a +eos -p +b +eos"
     assert row["positions"][:9].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert row["branch_ids"][:9].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -201,7 +254,9 @@ def test_plan_keeps_every_item_once_within_capacity(seed):
     rng = np.random.default_rng(seed)
     row_tokens, row_patches = int(rng.integers(8, 300)), int(rng.integers(0, 80)) * 4
     count = int(rng.integers(0, 400))
-    costs = np.stack([rng.integers(0, row_tokens + 1, count), rng.integers(0, row_patches // 4 + 1, count) * 4], axis=-1)
+    costs = np.stack(
+        [rng.integers(0, row_tokens + 1, count), rng.integers(0, row_patches // 4 + 1, count) * 4], axis=-1
+    )
     costs[rng.random(count) < rng.random(), 1] = 0
     costs[rng.random(count) < 0.1] = (row_tokens, row_patches)
     check_plan(costs, row_tokens, row_patches, packing.plan_rows(costs, row_tokens, row_patches))
@@ -244,5 +299,7 @@ def test_images_are_spread_over_the_rows():
 
 
 def test_an_item_too_long_is_named():
-    with pytest.raises(ValueError, match="1 items do not fit a row of 10 tokens and 8 patches; item 1 takes 11 tokens and 4 patches"):
+    with pytest.raises(
+        ValueError, match="1 items do not fit a row of 10 tokens and 8 patches; item 1 takes 11 tokens and 4 patches"
+    ):
         packing.plan_rows(np.asarray([[4, 4], [11, 4]]), 10, 8)

@@ -26,8 +26,12 @@ def gradient(height=6, width=9):
 
 
 def test_record_comes_back():
-    record = Record("set", "vqa", (ImageSegment(b"\x00\xff", 3, 4), TextSegment("é\x00", False, 1), TextSegment("b", True, 2)),
-                    {"id": "x", "n": 3, "f": 0.5})
+    record = Record(
+        "set",
+        "vqa",
+        (ImageSegment(b"\x00\xff", 3, 4), TextSegment("é\x00", False, 1), TextSegment("b", True, 2)),
+        {"id": "x", "n": 3, "f": 0.5},
+    )
     assert records.deserialize(records.serialize(record)) == record
     assert records.content_hash(b"abc") == int.from_bytes(bytes.fromhex("d8bb14d833d59559"), "little")
 
@@ -48,6 +52,7 @@ def test_every_truncation_of_a_record_is_refused():
 
 def test_damaged_bodies_are_refused_with_a_reason():
     import msgpack
+
     body = {"v": 1, "source": "s", "kind": "text", "segments": [{"t": "a", "l": True, "b": 0}], "meta": {}}
     for field, value in {"segments": [{"x": 1}], "source": None, "meta": 3}.items():
         broken = {**body, field: value} if value is not None else {k: v for k, v in body.items() if k != field}
@@ -79,7 +84,9 @@ def test_alpha_and_palette_transparency_lie_on_white():
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[0, 0], rgba[0, 1], rgba[1, 0] = (10, 20, 30, 255), (10, 20, 30, 0), (0, 0, 0, 128)
     out = records.decode_image(encoded(Image.fromarray(rgba)))
-    assert out[0, 0].tolist() == [10, 20, 30] and out[0, 1].tolist() == [255, 255, 255] and out[1, 0].tolist() == [127] * 3
+    assert (
+        out[0, 0].tolist() == [10, 20, 30] and out[0, 1].tolist() == [255, 255, 255] and out[1, 0].tolist() == [127] * 3
+    )
     palette = Image.new("P", (2, 1))
     palette.putpalette([200, 0, 0, 0, 200, 0])
     palette.putdata([0, 1])
@@ -109,14 +116,20 @@ def png_header(width, height):
     return start + struct.pack(">I", 1000) + b"IDAT" + bytes(100)
 
 
-@pytest.mark.parametrize(("data", "reason"), [
-    (b"", "empty_image"),
-    (b"<html>not found</html>", "not_an_image"),
-    (encoded(Image.fromarray(gradient(64, 64)), "JPEG")[:-100], "truncated_image"),
-    (encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))[:5000], "truncated_image"),
-    (png_header(20_000, 20_000), "image_too_large"),
-    (png_header(9_000, 9_000), "image_too_large"),
-])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty_image"),
+        (b"<html>not found</html>", "not_an_image"),
+        (encoded(Image.fromarray(gradient(64, 64)), "JPEG")[:-100], "truncated_image"),
+        (
+            encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))[:5000],
+            "truncated_image",
+        ),
+        (png_header(20_000, 20_000), "image_too_large"),
+        (png_header(9_000, 9_000), "image_too_large"),
+    ],
+)
 def test_bad_images_have_a_reason(data, reason):
     with pytest.raises(RecordError) as caught:
         records.decode_image(data)
@@ -135,12 +148,15 @@ def test_grids_are_whole_blocks_within_bounds(seed):
         assert records.image_tokens(height, width, spec) == grid_h * grid_w // 4
 
 
-@pytest.mark.parametrize(("size", "spec", "grid"), [
-    ((48, 48), ImageSpec(8, 36, 36), (6, 6)),
-    ((100, 400), ImageSpec(8, 4, 144), (6, 24)),
-    ((480, 640), ImageSpec(16, 4, 1024), (28, 36)),
-    ((1, 1000), ImageSpec(8, 4, 36), (2, 18)),
-])
+@pytest.mark.parametrize(
+    ("size", "spec", "grid"),
+    [
+        ((48, 48), ImageSpec(8, 36, 36), (6, 6)),
+        ((100, 400), ImageSpec(8, 4, 144), (6, 24)),
+        ((480, 640), ImageSpec(16, 4, 1024), (28, 36)),
+        ((1, 1000), ImageSpec(8, 4, 36), (2, 18)),
+    ],
+)
 def test_grid_examples(size, spec, grid):
     assert records.image_grid(*size, spec) == grid
 
@@ -155,9 +171,16 @@ def test_cost_counts_markers_and_ends():
 
 
 def test_index_key_names_tokenizer_and_spec():
-    keys = {records.index_key(*arguments) for arguments in [
-        ("a", ImageSpec(8, 4, 36)), ("b", ImageSpec(8, 4, 36)), ("a", ImageSpec(16, 4, 36)), ("a", ImageSpec(8, 5, 36)),
-        ("a", ImageSpec(8, 4, 40))]}
+    keys = {
+        records.index_key(*arguments)
+        for arguments in [
+            ("a", ImageSpec(8, 4, 36)),
+            ("b", ImageSpec(8, 4, 36)),
+            ("a", ImageSpec(16, 4, 36)),
+            ("a", ImageSpec(8, 5, 36)),
+            ("a", ImageSpec(8, 4, 40)),
+        ]
+    }
     assert len(keys) == 5
     assert records.INDEX_DTYPE.itemsize == 8
 

@@ -10,8 +10,20 @@ from tokenizers import models, pre_tokenizers
 
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
-TEXTS = [f"a {color} {shape} left of {i}" for i in range(20) for color in ("red", "blue") for shape in ("circle", "square")]
-TRICKY = ["", " ", "  two  spaces ", "tabs\tand\nlines\r\n", "größer ü 日本語 🙂", "<boi> a <eoi>", "<pad><eos>", "\x00\x01", "é"]
+TEXTS = [
+    f"a {color} {shape} left of {i}" for i in range(20) for color in ("red", "blue") for shape in ("circle", "square")
+]
+TRICKY = [
+    "",
+    " ",
+    "  two  spaces ",
+    "tabs\tand\nlines\r\n",
+    "größer ü 日本語 🙂",
+    "<boi> a <eoi>",
+    "<pad><eos>",
+    "\x00\x01",
+    "é",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +53,13 @@ def test_training_learns_words_and_bounds_the_vocabulary(tokenizer):
 
 
 def test_training_is_the_same_in_another_process(tokenizer, tmp_path):
-    code = ("import json, sys; from unihetero_jax.data.tokenizer import train_tokenizer; "
-            "print(train_tokenizer(json.loads(sys.argv[1]), 300, sys.argv[2]).hash)")
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(TEXTS), str(tmp_path)], capture_output=True, text=True, check=True)
+    code = (
+        "import json, sys; from unihetero_jax.data.tokenizer import train_tokenizer; "
+        "print(train_tokenizer(json.loads(sys.argv[1]), 300, sys.argv[2]).hash)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(TEXTS), str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == tokenizer.hash
 
 
@@ -57,7 +73,9 @@ def foreign_folder(folder, **declared):
     backend.add_special_tokens(["</s>"])
     folder.mkdir(exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **declared}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **declared})
+    )
     return folder
 
 

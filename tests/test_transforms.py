@@ -10,10 +10,7 @@ from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegm
 
 
 def test_patchify_is_block_major():
-    numbered = np.asarray([[0, 1, 4, 5],
-                           [2, 3, 6, 7],
-                           [8, 9, 12, 13],
-                           [10, 11, 14, 15]], np.uint8)
+    numbered = np.asarray([[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]], np.uint8)
     pixels = np.repeat(np.repeat(numbered, 3, axis=0), 3, axis=1)[..., None].repeat(3, axis=-1)
     patches, coords = transforms.patchify(pixels, 3)
     assert patches.shape == (16, 27)
@@ -26,15 +23,18 @@ def test_patch_values_are_in_reading_order():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 24, 3), np.uint8)
     patches, coords = transforms.patchify(pixels, 4)
     for patch, (y, x) in zip(patches, coords, strict=True):
-        np.testing.assert_array_equal(patch.reshape(4, 4, 3), pixels[4 * y:4 * y + 4, 4 * x:4 * x + 4])
+        np.testing.assert_array_equal(patch.reshape(4, 4, 3), pixels[4 * y : 4 * y + 4, 4 * x : 4 * x + 4])
 
 
-@pytest.mark.parametrize(("size", "spec", "expected"), [
-    ((48, 48), ImageSpec(8, 36, 36), (48, 48)),
-    ((100, 400), ImageSpec(8, 4, 144), (48, 192)),
-    ((500, 100), ImageSpec(8, 4, 36), (112, 16)),
-    ((10, 10), ImageSpec(8, 16, 64), (32, 32)),
-])
+@pytest.mark.parametrize(
+    ("size", "spec", "expected"),
+    [
+        ((48, 48), ImageSpec(8, 36, 36), (48, 48)),
+        ((100, 400), ImageSpec(8, 4, 144), (48, 192)),
+        ((500, 100), ImageSpec(8, 4, 36), (112, 16)),
+        ((10, 10), ImageSpec(8, 16, 64), (32, 32)),
+    ],
+)
 def test_resize_keeps_aspect_and_whole_blocks(size, spec, expected):
     pixels = np.full((*size, 3), 77, np.uint8)
     resized = transforms.resize_to_grid(pixels, spec)
@@ -73,14 +73,18 @@ QUESTION = "Which box contains the most objects?\nA. right box\nB. all boxes are
 
 
 def nlvr_record(*texts):
-    return Record("nlvr", "vqa", (ImageSegment(b"-", 100, 400), *(TextSegment(t, i % 2 == 1, 1 + i // 2) for i, t in enumerate(texts))))
+    return Record(
+        "nlvr",
+        "vqa",
+        (ImageSegment(b"-", 100, 400), *(TextSegment(t, i % 2 == 1, 1 + i // 2) for i, t in enumerate(texts))),
+    )
 
 
 def nlvr_pixels():
     pixels = np.zeros((100, 400, 3), np.uint8)
     for number, left in enumerate((0, 150, 300), start=1):
-        pixels[:, left:left + 100, 0] = number
-        pixels[:, left:left + 100, 1] = np.arange(100)  # column within the box
+        pixels[:, left : left + 100, 0] = number
+        pixels[:, left : left + 100, 1] = np.arange(100)  # column within the box
     pixels[..., 2] = np.arange(100)[:, None]
     return pixels
 
@@ -103,29 +107,37 @@ def test_nlvr_texts_follow_the_boxes():
         names = [("left", "middle", "right")[boxes.index(box)] for box in (1, 2, 3)]  # new names of the three boxes
         left, middle, right = names
         assert texts_of(new) == [
-            f"Which box contains the most objects?\nA. {right} box\nB. all boxes are equal\nC. {left.capitalize()} box\nD. {middle} box",
-            f" {left}", "Where is it?", f" {middle} box",
+            f"Which box contains the most objects?\nA. {right} box\nB. all boxes are equal\n"
+            f"C. {left.capitalize()} box\nD. {middle} box",
+            f" {left}",
+            "Where is it?",
+            f" {middle} box",
         ]
         mirrors = tuple(bool(image[0, start, 1] == 99) for start in (0, 150, 300))
         for start, mirrored in zip((0, 150, 300), mirrors, strict=True):
             columns = np.arange(99, -1, -1) if mirrored else np.arange(100)
-            assert (image[:, start:start + 100, 1] == columns).all()
+            assert (image[:, start : start + 100, 1] == columns).all()
         assert not image[:, 100:150, :2].any()
         seen.add((tuple(boxes), mirrors, bool(image[0, 0, 2] == 99)))
     assert len(seen) > 90  # of 6 x 8 x 2
     assert pixels[0, 0, 0] == 1  # the caller's pixels are untouched
 
 
-@pytest.mark.parametrize(("text", "reason", "kept"), [
-    ("There is a tower with a black base.", "nlvr_vertical_word", "rows"),
-    ("a black item above a yellow one", "nlvr_vertical_word", "rows"),
-    ("the leftmost item is blue, left of all", "nlvr_direction_word", "columns"),
-    ("The right box and the object on the right", "nlvr_direction_word", "columns"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason", "kept"),
+    [
+        ("There is a tower with a black base.", "nlvr_vertical_word", "rows"),
+        ("a black item above a yellow one", "nlvr_vertical_word", "rows"),
+        ("the leftmost item is blue, left of all", "nlvr_direction_word", "columns"),
+        ("The right box and the object on the right", "nlvr_direction_word", "columns"),
+    ],
+)
 def test_nlvr_leaves_out_what_would_make_a_text_false(text, reason, kept):
     reasons = set()
     for seed in range(40):
-        new, (image,), left_out = transforms.nlvr(nlvr_record(text, " true"), [nlvr_pixels()], np.random.default_rng(seed), encode)
+        new, (image,), left_out = transforms.nlvr(
+            nlvr_record(text, " true"), [nlvr_pixels()], np.random.default_rng(seed), encode
+        )
         assert texts_of(new) == [text, " true"]
         if kept == "rows":
             assert image[0, 0, 2] == 0
@@ -138,13 +150,18 @@ def test_nlvr_leaves_out_what_would_make_a_text_false(text, reason, kept):
 def test_nlvr_keeps_lengths():
     def uneven(text):
         return ["x"] * (len(text) + 3 * text.count("middle"))
+
     for seed in range(30):
-        new, (image,), left_out = transforms.nlvr(nlvr_record("Where?", " left box"), [nlvr_pixels()], np.random.default_rng(seed), uneven)
+        new, (image,), left_out = transforms.nlvr(
+            nlvr_record("Where?", " left box"), [nlvr_pixels()], np.random.default_rng(seed), uneven
+        )
         assert [len(uneven(t)) for t in texts_of(new)] == [6, 9]
         boxes = [int(image[0, left + 50, 0]) for left in (0, 150, 300)]
         assert boxes == [1, 2, 3] or not left_out
         assert texts_of(new)[1] == " left box" if left_out or boxes[0] == 1 else True
-    _, (image,), left_out = transforms.nlvr(nlvr_record("Where?", " left"), [np.zeros((64, 64, 3), np.uint8)], np.random.default_rng(0), encode)
+    _, (image,), left_out = transforms.nlvr(
+        nlvr_record("Where?", " left"), [np.zeros((64, 64, 3), np.uint8)], np.random.default_rng(0), encode
+    )
     assert left_out == ["nlvr_image_size"]
     assert image.shape == (64, 64, 3)
 

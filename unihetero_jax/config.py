@@ -237,20 +237,25 @@ class EvalConfig:
     """Benchmarks that run at the end of training and by default in `evaluate`: by name, the file of questions.
 
     `batch_rows` rows are scored at once; `validation_rows` bounds the fixed validation plan per source (0: every item).
+    `rollout_source` (empty: none) names the source whose unseen captions are rolled out, to be found among
+    `rollout_candidates` images.
     """
 
     benchmarks: Mapping[str, str]
     batch_rows: int
     validation_rows: int
+    rollout_source: str
+    rollout_candidates: int
 
 
 @dataclasses.dataclass(frozen=True)
 class DiagnosticsConfig:
-    """Collapse alarms: within-image spread of z (warn, alarm) and copy-previous distance (alarm)."""
+    """Collapse alarms: within-image spread of z (warn, alarm), copy-previous distance, rollout retrieval."""
 
     within_spread_warn: float
     within_spread_alarm: float
     copy_distance_alarm: float
+    retrieval_alarm: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +275,10 @@ class Config:
     mesh: MeshConfig
     eval: EvalConfig
     diagnostics: DiagnosticsConfig
+
+    def __hash__(self) -> int:
+        """Of the values: mappings have no hash, and compiled functions are cached by configuration."""
+        return hash(config_hash(self))
 
 
 def from_config_dict(config_dict: ConfigDict | Mapping[str, Any]) -> Config:
@@ -466,13 +475,15 @@ def _validate_run(config: Config) -> list[str]:
          f"train.num_replicates {train.num_replicates} must be a multiple of mesh.data {config.mesh.data}"),
         (config.checkpoint.keep_every_steps >= 0, "checkpoint.keep_every_steps must not be negative (0: off)"),
         (config.eval.validation_rows >= 0, "eval.validation_rows must not be negative (0: every item)"),
+        (config.eval.rollout_source in ("", *config.data.sources),
+         f"eval.rollout_source {config.eval.rollout_source!r} is not in data.sources: {', '.join(config.data.sources)}"),
     ]
     positive = {
         "train": (train, ("num_steps", "global_batch_rows", "accumulation_steps", "log_every_steps", "eval_every_steps",
                           "num_replicates", "max_consecutive_skips")),
         "optimizer": (optimizer, ("learning_rate", "clip_norm", "eps")),
         "checkpoint": (config.checkpoint, ("every_steps", "keep_last")),
-        "eval": (config.eval, ("batch_rows",)),
+        "eval": (config.eval, ("batch_rows", "rollout_candidates")),
         "loss": (loss, ("text_chunk",)),
         "mesh": (config.mesh, ("data", "fsdp", "tensor", "context")),
     }

@@ -38,10 +38,8 @@ CYCLE = 10_000
 """Draws after which the schedule of sources repeats; weights are kept to 1 / 10,000."""
 FAILED_MIN_SAMPLES = 1000
 """The share of failed samples is judged from this many samples on."""
-MAX_WARNINGS = 1000
-"""Failed samples whose description is kept; all are counted."""
+MAX_WARNINGS = 1000  # failed samples whose description is kept; all are counted
 VALIDATION_WINDOW = 2048
-
 _log = logging.getLogger(__name__)
 
 
@@ -91,7 +89,7 @@ def epoch_records(seed: int, name: str, size: int, epoch: int, start: int, stop:
         block = int(order[at])
         length = short if at == short_at else BLOCK_RECORDS
         within = _order_in_block(_key(seed, name, epoch, "records", block), length)
-        parts.append(block * BLOCK_RECORDS + within[max(start - first, 0):stop - first])
+        parts.append(block * BLOCK_RECORDS + within[max(start - first, 0) : stop - first])
         at += 1
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
@@ -123,7 +121,7 @@ def source_schedule(weights: dict[str, float]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class WindowPlan:
-    """Rows of one window. `sources`, `records`, `epochs` describe its draws, `rows` lists draws; `dropped` by source."""
+    """Rows of one window: `sources`, `records`, `epochs` by draw; `rows` lists draws; `dropped` counts by source."""
 
     sources: np.ndarray
     records: np.ndarray
@@ -136,8 +134,14 @@ class WindowPlanner:
     """Makes the plan of any window of any shard from lengths alone."""
 
     def __init__(
-        self, indices: dict[str, np.ndarray], weights: dict[str, float], seed: int, row_tokens: int, row_patches: int,
-        num_shards: int, window_size: int,
+        self,
+        indices: dict[str, np.ndarray],
+        weights: dict[str, float],
+        seed: int,
+        row_tokens: int,
+        row_patches: int,
+        num_shards: int,
+        window_size: int,
     ):
         """`indices` holds an array of `records.INDEX_DTYPE` by source; it may be memory-mapped."""
         self._names, self._indices = list(indices), list(indices.values())
@@ -189,15 +193,17 @@ class WindowPlanner:
     def require_fitting(self) -> None:
         """Raises ValueError if no record of any source fits a row: the stream would have no next row."""
         if not any(_any_fits(index, *self._row) for index in self._indices):
-            raise ValueError(f"data.sources: no record of {', '.join(self._names)} fits a row of data.row_tokens "
-                             f"{self._row[0]} and data.row_patches {self._row[1]}; enlarge the row")
+            raise ValueError(
+                f"data.sources: no record of {', '.join(self._names)} fits a row of data.row_tokens "
+                f"{self._row[0]} and data.row_patches {self._row[1]}; enlarge the row"
+            )
 
 
 def _any_fits(index: np.ndarray, row_tokens: int, row_patches: int, chunk: int = 1_000_000) -> bool:
     for start in range(0, len(index), chunk):
-        entries = index[start:start + chunk]
+        entries = index[start : start + chunk]
         fits = (entries["num_tokens"] <= row_tokens) & (entries["num_patches"] <= row_patches)
-        if (fits & ((entries["flags"] & FLAG_TOO_LONG) == 0)).any():
+        if np.any(fits & ((entries["flags"] & FLAG_TOO_LONG) == 0)):
             return True
     return False
 
@@ -289,8 +295,14 @@ class RowReader:
                 counters.update(f"augment_left_out/{part}" for part in sample.left_out)
             samples.append(sample)
         data = self._config.data
-        arrays = packing.assemble_row(samples, data.row_tokens, data.row_patches, self._spec.patch_size,
-                                      self._tokenizer.pad_id, self._config.loss.visual_loss_on)
+        arrays = packing.assemble_row(
+            samples,
+            data.row_tokens,
+            data.row_patches,
+            self._spec.patch_size,
+            self._tokenizer.pad_id,
+            self._config.loss.visual_loss_on,
+        )
         counters["pad_tokens"] += int((arrays["segment_ids"] == 0).sum())
         counters["pad_patches"] += int((arrays["patch_segment_ids"] == 0).sum())
         return _Row(arrays, counters, sample_ids, failures)
@@ -303,14 +315,22 @@ class RowReader:
             augment = self._config.data.sources[name].augment
             rng = np.random.default_rng(_key(self._config.data.seed, name, draw.epoch, draw.record, "augment"))
         sample = packing.sample_from_record(
-            deserialize(stored), self._tokenizer, self._spec, self._source_ids[draw.source_id], rng, augment,
+            deserialize(stored),
+            self._tokenizer,
+            self._spec,
+            self._source_ids[draw.source_id],
+            rng,
+            augment,
             content_hash(stored),
         )
         cost, entry = packing.sample_cost(sample, self._spec.patch_size), source.index[draw.record]
         planned = (int(entry["num_tokens"]), int(entry["num_patches"]))
         if cost != planned:
-            raise RecordError("cost_mismatch", f"takes {cost[0]} tokens and {cost[1]} patches, its index says "
-                              f"{planned[0]} and {planned[1]}; write the index again")
+            raise RecordError(
+                "cost_mismatch",
+                f"takes {cost[0]} tokens and {cost[1]} patches, its index says "
+                f"{planned[0]} and {planned[1]}; write the index again",
+            )
         return sample
 
 
@@ -357,7 +377,11 @@ class TrainIterator(grain.DatasetIterator):
         self._planner = WindowPlanner(
             {name: source.index for name, source in dataset.sources.items()},
             {name: source.weight for name, source in data.sources.items()},
-            data.seed, data.row_tokens, data.row_patches, data.num_data_shards, data.window_size,
+            data.seed,
+            data.row_tokens,
+            data.row_patches,
+            data.num_data_shards,
+            data.window_size,
         )
         self._planning = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._reading = concurrent.futures.ThreadPoolExecutor(data.num_threads, thread_name_prefix="read")
@@ -403,12 +427,16 @@ class TrainIterator(grain.DatasetIterator):
         """
         position = np.asarray(state["position"], np.int64)
         if position.shape != (self._num_shards, 2) or (position < 0).any():
-            raise ValueError(f"data position of shape {position.shape} does not fit data.num_data_shards "
-                             f"{self._num_shards}: resume with the value the run was started with")
+            raise ValueError(
+                f"data position of shape {position.shape} does not fit data.num_data_shards "
+                f"{self._num_shards}: resume with the value the run was started with"
+            )
         takes_turns = self._config.train.global_batch_rows % self._num_shards != 0
         if takes_turns and "batch" not in state:
-            raise ValueError("data position lacks 'batch', which tells whose turn it is when data.num_data_shards "
-                             "exceeds train.global_batch_rows")
+            raise ValueError(
+                "data position lacks 'batch', which tells whose turn it is when data.num_data_shards "
+                "exceeds train.global_batch_rows"
+            )
         for batch, rows, _ in self._pending:
             for future in (*rows, batch):
                 future.cancel()
@@ -459,7 +487,8 @@ class TrainIterator(grain.DatasetIterator):
             window, row = window + 1, 0
         if row == 0:
             self._count_dropped(dropped, plan)
-        self._plan(shard, window + 1)
+        if row >= len(plan.rows) // 2:  # early enough, and out of the way of the first batch after a start
+            self._plan(shard, window + 1)
         draws = [_Draw(int(plan.sources[i]), int(plan.records[i]), int(plan.epochs[i])) for i in plan.rows[row]]
         row += 1
         if row == len(plan.rows):  # one way to write a position: the first row of the next window
@@ -482,8 +511,8 @@ class TrainIterator(grain.DatasetIterator):
         self._num_failed += failed
         self._num_samples += len(batch.sample_ids)
         room = MAX_WARNINGS - len(self.warnings)
-        self.warnings += batch.failures[:max(room, 0)]
-        for failure in batch.failures[:max(room, 0)]:
+        self.warnings += batch.failures[: max(room, 0)]
+        for failure in batch.failures[: max(room, 0)]:
             _log.warning("masked: %s", failure)
         limit = self._config.data.max_failed_share
         if self._num_samples >= FAILED_MIN_SAMPLES and self._num_failed > limit * self._num_samples:
@@ -503,7 +532,8 @@ def _join_rows(
         for key, count in part.items():
             counters[key] = counters.get(key, 0) + count
     return HostBatch(
-        packing.stack_rows([row.arrays for row in rows]), counters,
+        packing.stack_rows([row.arrays for row in rows]),
+        counters,
         [sample_id for row in rows for sample_id in row.sample_ids],
         [failure for row in rows for failure in row.failures],
     )
@@ -541,8 +571,9 @@ def validation_batches(config: Config, tokenizer: Tokenizer, source_name: str) -
     source = open_source(source_name, path, "val", key, config.data.tokenizer)
     try:
         reader = RowReader(config, tokenizer, {source_name: source}, augment=False)
-        empty = packing.empty_row(config.data.row_tokens, config.data.row_patches, config.model.encoder.patch_size,
-                                  tokenizer.pad_id)
+        empty = packing.empty_row(
+            config.data.row_tokens, config.data.row_patches, config.model.encoder.patch_size, tokenizer.pad_id
+        )
         rows = _validation_rows(config, source)
         if config.eval.validation_rows:
             rows = itertools.islice(rows, config.eval.validation_rows)
@@ -558,7 +589,7 @@ def validation_batches(config: Config, tokenizer: Tokenizer, source_name: str) -
 def _validation_rows(config: Config, source: Source) -> Iterator[list[_Draw]]:
     data = config.data
     for start in range(0, len(source.index), VALIDATION_WINDOW):
-        entries = source.index[start:start + VALIDATION_WINDOW]
+        entries = source.index[start : start + VALIDATION_WINDOW]
         costs = np.stack([entries["num_tokens"], entries["num_patches"]], axis=-1).astype(np.int64)
         fits = (costs <= (data.row_tokens, data.row_patches)).all(axis=1) & ((entries["flags"] & FLAG_TOO_LONG) == 0)
         if not fits.all():

@@ -21,7 +21,6 @@ from unihetero_jax.data.records import (
     ImageSpec,
     Record,
     RecordError,
-    TextSegment,
     content_hash,
     decode_image,
     serialize,
@@ -55,12 +54,16 @@ def plan_rows(costs: np.ndarray, row_tokens: int, row_patches: int, spread_image
     too_long = np.flatnonzero((costs[:, 0] > row_tokens) | (costs[:, 1] > row_patches))
     if too_long.size:
         worst = too_long[0]
-        raise ValueError(f"{too_long.size} items do not fit a row of {row_tokens} tokens and {row_patches} patches; "
-                         f"item {worst} takes {costs[worst, 0]} tokens and {costs[worst, 1]} patches")
+        raise ValueError(
+            f"{too_long.size} items do not fit a row of {row_tokens} tokens and {row_patches} patches; "
+            f"item {worst} takes {costs[worst, 0]} tokens and {costs[worst, 1]} patches"
+        )
     size = np.maximum(costs[:, 0] / row_tokens, costs[:, 1] / row_patches)
     order = np.lexsort((np.arange(len(costs)), -costs[:, 0], -size))
     with_image, text_only = order[costs[order, 1] > 0], order[costs[order, 1] == 0]
-    least = max(-(-int(costs[:, 0].sum()) // row_tokens), -(-int(costs[:, 1].sum()) // row_patches) if row_patches else 0)
+    least = max(
+        -(-int(costs[:, 0].sum()) // row_tokens), -(-int(costs[:, 1].sum()) // row_patches) if row_patches else 0
+    )
     best_fit, images_first = (_Rows(row_tokens, row_patches, 0) for _ in range(2))
     best_fit.place_all(order, costs)
     images_first.place_all(with_image, costs)
@@ -173,13 +176,21 @@ class Hole:
 
 def image_pieces(pixels: np.ndarray, generated: bool, tokenizer: Tokenizer) -> list[Piece]:
     """An image between its markers. `<boi>` and `<eoi>` are targets only of an image that is generated."""
-    return [TokenPiece([tokenizer.boi_id], generated), ImagePiece(pixels, generated),
-            TokenPiece([tokenizer.eoi_id], generated)]
+    return [
+        TokenPiece([tokenizer.boi_id], generated),
+        ImagePiece(pixels, generated),
+        TokenPiece([tokenizer.eoi_id], generated),
+    ]
 
 
 def sample_from_record(
-    record: Record, tokenizer: Tokenizer, spec: ImageSpec, source_id: int = 0,
-    augment_rng: np.random.Generator | None = None, augment: str = "none", identity: int | None = None,
+    record: Record,
+    tokenizer: Tokenizer,
+    spec: ImageSpec,
+    source_id: int = 0,
+    augment_rng: np.random.Generator | None = None,
+    augment: str = "none",
+    identity: int | None = None,
 ) -> PackedSample:
     """Decodes, augments and tokenizes a record.
 
@@ -225,8 +236,11 @@ def sample_from_record(
 def _decoded(segment: ImageSegment) -> np.ndarray:
     pixels = decode_image(segment.data)
     if pixels.shape[:2] != (segment.height, segment.width):
-        raise RecordError("size_mismatch", f"image decodes to {pixels.shape[0]} x {pixels.shape[1]}, the record states "
-                          f"{segment.height} x {segment.width}")
+        raise RecordError(
+            "size_mismatch",
+            f"image decodes to {pixels.shape[0]} x {pixels.shape[1]}, the record states "
+            f"{segment.height} x {segment.width}",
+        )
     return pixels
 
 
@@ -243,7 +257,11 @@ def sample_cost(sample: PackedSample, patch_size: int) -> tuple[int, int]:
 
 
 def assemble_row(
-    samples: Sequence[PackedSample | Hole], row_tokens: int, row_patches: int, patch_size: int, pad_id: int,
+    samples: Sequence[PackedSample | Hole],
+    row_tokens: int,
+    row_patches: int,
+    patch_size: int,
+    pad_id: int,
     visual_loss_on: Literal["generated", "all"] = "generated",
 ) -> dict[str, np.ndarray]:
     """Lays samples out in a row, in the order given: the fields of `arrays.Batch` without the leading axis.
@@ -264,8 +282,10 @@ def assemble_row(
             continue
         needed = sample_cost(sample, patch_size)
         if token + needed[0] > row_tokens or patch + needed[1] > row_patches:
-            raise ValueError(f"sample {number} of a row takes {needed[0]} tokens and {needed[1]} patches, "
-                             f"{row_tokens - token} and {row_patches - patch} are free")
+            raise ValueError(
+                f"sample {number} of a row takes {needed[0]} tokens and {needed[1]} patches, "
+                f"{row_tokens - token} and {row_patches - patch} are free"
+            )
         end = token + needed[0]
         row["segment_ids"][token:end] = number
         row["source_ids"][token:end] = sample.source_id
@@ -277,7 +297,12 @@ def assemble_row(
 
 
 def _place_pieces(
-    row: dict[str, np.ndarray], pieces: Sequence[Piece], start: int, patch: int, image: int, patch_size: int,
+    row: dict[str, np.ndarray],
+    pieces: Sequence[Piece],
+    start: int,
+    patch: int,
+    image: int,
+    patch_size: int,
     loss_on_all_images: bool,
 ) -> tuple[int, int]:
     token, branch, prefix, position = start, 0, 0, 0
@@ -290,29 +315,29 @@ def _place_pieces(
             grid = coords[-1] + 1  # the last patch is the bottom right one
             image += 1
             row["boi_grid"][token - 1] = grid // MERGE_SIZE
-            row["patches"][patch:patch + count] = patches
-            row["patch_coords"][patch:patch + count] = coords
-            row["patch_grid"][patch:patch + count] = grid
-            row["patch_segment_ids"][patch:patch + count] = image
-            row["visual_mask"][token:token + merged] = True
-            row["visual_index"][token:token + merged] = np.arange(patch // BLOCK, patch // BLOCK + merged)
-            row["visual_loss_mask"][token:token + merged] = piece.generated or loss_on_all_images
+            row["patches"][patch : patch + count] = patches
+            row["patch_coords"][patch : patch + count] = coords
+            row["patch_grid"][patch : patch + count] = grid
+            row["patch_segment_ids"][patch : patch + count] = image
+            row["visual_mask"][token : token + merged] = True
+            row["visual_index"][token : token + merged] = np.arange(patch // BLOCK, patch // BLOCK + merged)
+            row["visual_loss_mask"][token : token + merged] = piece.generated or loss_on_all_images
             patch, length = patch + count, merged
         else:
             length = len(piece.ids)
             if not length:
                 continue
-            row["tokens"][token:token + length] = piece.ids
-            row["text_loss_mask"][token:token + length] = piece.loss
+            row["tokens"][token : token + length] = piece.ids
+            row["text_loss_mask"][token : token + length] = piece.loss
             if piece.branch != branch:
                 after_branch = branch != 0
                 prefix = prefix if after_branch else token - start
                 branch, position = piece.branch, prefix
                 row["text_loss_mask"][token] &= not after_branch
-            row["branch_ids"][token:token + length] = branch
-        row["positions"][token:token + length] = np.arange(position, position + length)
+            row["branch_ids"][token : token + length] = branch
+        row["positions"][token : token + length] = np.arange(position, position + length)
         token, position = token + length, position + length
-    row["text_loss_mask"][start:start + 1] = False
+    row["text_loss_mask"][start : start + 1] = False
     return patch, image
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import math
+import typing
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -81,7 +82,8 @@ class Record:
         if branches != sorted(branches):
             raise RecordError("branch_order", f"segments must be ordered by branch, got {branches}")
         images_after_branch = [
-            i for i, s in enumerate(self.segments)
+            i
+            for i, s in enumerate(self.segments)
             if isinstance(s, ImageSegment) and any(isinstance(p, TextSegment) and p.branch for p in self.segments[:i])
         ]
         if images_after_branch:
@@ -105,12 +107,19 @@ class ImageSpec:
 def serialize(record: Record) -> bytes:
     """Encodes a record as msgpack (versioned; never pickle)."""
     segments = [
-        {"t": s.text, "l": s.loss, "b": s.branch} if isinstance(s, TextSegment)
+        {"t": s.text, "l": s.loss, "b": s.branch}
+        if isinstance(s, TextSegment)
         else {"i": s.data, "h": s.height, "w": s.width}
         for s in record.segments
     ]
-    body = {"v": RECORD_VERSION, "source": record.source, "kind": record.kind, "segments": segments, "meta": record.meta}
-    return msgpack.packb(body, use_bin_type=True)
+    body = {
+        "v": RECORD_VERSION,
+        "source": record.source,
+        "kind": record.kind,
+        "segments": segments,
+        "meta": record.meta,
+    }
+    return typing.cast(bytes, msgpack.packb(body, use_bin_type=True))
 
 
 def deserialize(data: bytes) -> Record:

@@ -80,35 +80,47 @@ def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: st
     manifest = _read_manifest(field, folder)
     count = _declared_records(field, folder, manifest, split)
     if count == 0 and split == "train":
-        raise ValueError(f"{field}: {folder} holds no training record (manifest.json says num_records.train = 0); "
-                         "check what the preparation dropped, or remove the source")
-    files = sorted(file for file in manifest["files"] if file.startswith(f"{split}-") and file.endswith(".array_record"))
+        raise ValueError(
+            f"{field}: {folder} holds no training record (manifest.json says num_records.train = 0); "
+            "check what the preparation dropped, or remove the source"
+        )
+    files = sorted(
+        file for file in manifest["files"] if file.startswith(f"{split}-") and file.endswith(".array_record")
+    )
     for file in files:
         _check_size(field, folder / file, int(manifest["files"][file]["bytes"]))
     paths = tuple(os.fspath(folder / file) for file in files)
     readers = tuple(_open_reader(field, file) for file in paths)
     ends = tuple(itertools.accumulate(len(reader) for reader in readers))
     if (ends[-1] if ends else 0) != count:
-        raise ValueError(f"{field}: the {split} files of {folder} hold {ends[-1] if ends else 0} records, manifest.json "
-                         f"says {count}; prepare the folder again")
+        raise ValueError(
+            f"{field}: the {split} files of {folder} hold {ends[-1] if ends else 0} records, manifest.json "
+            f"says {count}; prepare the folder again"
+        )
     return Source(name, _read_index(field, folder, split, key, count, tokenizer_folder), paths, readers, ends)
 
 
 def _read_manifest(field: str, folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        raise ValueError(f"{field}: folder {folder} does not exist; prepare it with data_pipelines, or correct the path")
+        raise ValueError(
+            f"{field}: folder {folder} does not exist; prepare it with data_pipelines, or correct the path"
+        )
     path = folder / "manifest.json"
     if not path.is_file():
-        raise ValueError(f"{field}: {path} does not exist: {folder} is no prepared folder or its preparation was cut "
-                         "off; prepare it with data_pipelines")
+        raise ValueError(
+            f"{field}: {path} does not exist: {folder} is no prepared folder or its preparation was cut "
+            "off; prepare it with data_pipelines"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["record_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{field}: {path} cannot be read ({error!r}); prepare the folder again") from error
     if version != RECORD_VERSION:
-        raise ValueError(f"{field}: {path} has record_version {version!r}, this program reads {RECORD_VERSION}; prepare "
-                         "the folder again")
+        raise ValueError(
+            f"{field}: {path} has record_version {version!r}, this program reads {RECORD_VERSION}; prepare "
+            "the folder again"
+        )
     return manifest
 
 
@@ -116,8 +128,9 @@ def _declared_records(field: str, folder: Path, manifest: dict[str, Any], split:
     try:
         return int(manifest["num_records"].get(split, 0)) if manifest["files"] is not None else 0
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{field}: {folder / 'manifest.json'} lacks num_records or files ({error!r}); prepare the folder "
-                         "again") from error
+        raise ValueError(
+            f"{field}: {folder / 'manifest.json'} lacks num_records or files ({error!r}); prepare the folder again"
+        ) from error
 
 
 def _check_size(field: str, path: Path, expected: int) -> None:
@@ -131,7 +144,9 @@ def _open_reader(field: str, path: str) -> Any:
     try:
         return grain.sources.ArrayRecordDataSource([path])
     except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"{field}: {path} is not a readable ArrayRecord file ({error}); copy or prepare it again") from error
+        raise ValueError(
+            f"{field}: {path} is not a readable ArrayRecord file ({error}); copy or prepare it again"
+        ) from error
 
 
 def _read_index(field: str, folder: Path, split: str, key: str, count: int, tokenizer_folder: str) -> np.ndarray:
@@ -140,12 +155,16 @@ def _read_index(field: str, folder: Path, split: str, key: str, count: int, toke
     path = folder / "index" / f"{key}.{split}.npy"
     remedy = f"run: python -m data_pipelines.index {folder} --tokenizer={tokenizer_folder}"
     if not path.is_file():
-        raise ValueError(f"{field}: no index of lengths for this tokenizer, model.encoder.patch_size and "
-                         f"data.image_{{min,max}}_patches ({path} does not exist); {remedy}")
+        raise ValueError(
+            f"{field}: no index of lengths for this tokenizer, model.encoder.patch_size and "
+            f"data.image_{{min,max}}_patches ({path} does not exist); {remedy}"
+        )
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{field}: {path} is not a readable index ({error}); {remedy}") from error
     if index.dtype != INDEX_DTYPE or index.shape != (count,):
-        raise ValueError(f"{field}: {path} has {index.dtype} {index.shape}, expected {INDEX_DTYPE} ({count},); {remedy}")
+        raise ValueError(
+            f"{field}: {path} has {index.dtype} {index.shape}, expected {INDEX_DTYPE} ({count},); {remedy}"
+        )
     return index

@@ -34,9 +34,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        ids = {token: backend.token_to_id(token) for token in (pad_token, BOI, EOI, eos_token)}
-        self.pad_id, self.boi_id, self.eoi_id, self.eos_id = (ids[t] for t in (pad_token, BOI, EOI, eos_token))
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.pad_id, self.boi_id, self.eoi_id, self.eos_id = (vocabulary[t] for t in (pad_token, BOI, EOI, eos_token))
+        self.vocab_size = max(vocabulary.values()) + 1
         self.hash = content_hash
 
     def encode(self, text: str) -> list[int]:
@@ -86,18 +86,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.Path
         ValueError: `vocab_size` cannot hold all bytes and the special tokens.
     """
     if vocab_size < MIN_TRAINED_VOCAB:
-        raise ValueError(f"vocab_size {vocab_size} is below {MIN_TRAINED_VOCAB} (256 bytes and {len(SPECIAL_TOKENS)} "
-                         "special tokens); choose a larger one, e.g. 512")
+        raise ValueError(
+            f"vocab_size {vocab_size} is below {MIN_TRAINED_VOCAB} (256 bytes and {len(SPECIAL_TOKENS)} "
+            "special tokens); choose a larger one, e.g. 512"
+        )
     backend = BackendTokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     backend.train_from_iterator(texts, trainer)
-    declared = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "eos_token": EOS,
-                "clean_up_tokenization_spaces": False}
+    declared = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "eos_token": EOS,
+        "clean_up_tokenization_spaces": False,
+    }
     Path(folder).mkdir(parents=True, exist_ok=True)
     _write(Path(folder) / "tokenizer_config.json", json.dumps(declared, indent=2) + "\n")
     _write(Path(folder) / "tokenizer.json", backend.to_str(pretty=True) + "\n")

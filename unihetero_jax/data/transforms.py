@@ -22,7 +22,10 @@ MAX_SHIFT_SHARE = 16
 
 _BOX_NAME = re.compile(r"\b(left|middle|right)(?= box\b)", re.IGNORECASE)
 _BARE_ANSWER = re.compile(r"\s*(left|middle|right)\s*", re.IGNORECASE)
-_HORIZONTAL = re.compile(r"\b(left|leftmost|right|rightmost|middle|cent(er|re)|first|second|third|last|beside|between|order|sequence)\b", re.IGNORECASE)
+_HORIZONTAL = re.compile(
+    r"\b(left|leftmost|right|rightmost|middle|cent(er|re)|first|second|third|last|beside|between|order|sequence)\b",
+    re.IGNORECASE,
+)
 _VERTICAL = re.compile(
     r"\b(top|topmost|bottom|base|above|below|over|under|underneath|beneath|upper|lower|up|down|upside|on|onto|atop|"
     r"tower|towers|stack|stacks|stacked|roof|floor|ground|high|higher|highest|low|lowest|vertical\w*|hang\w*)\b",
@@ -61,7 +64,9 @@ def patchify(pixels: np.ndarray, patch_size: int) -> tuple[np.ndarray, np.ndarra
         (y, x) of each patch in patches.
     """
     height, width = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
-    blocks = pixels.reshape(height // MERGE_SIZE, MERGE_SIZE, patch_size, width // MERGE_SIZE, MERGE_SIZE, patch_size, 3)
+    blocks = pixels.reshape(
+        height // MERGE_SIZE, MERGE_SIZE, patch_size, width // MERGE_SIZE, MERGE_SIZE, patch_size, 3
+    )
     patches = blocks.transpose(0, 3, 1, 4, 2, 5, 6).reshape(height * width, patch_size * patch_size * 3)
     y, x = np.divmod(np.arange(height * width, dtype=np.int32), width)
     coords = np.stack([y, x], axis=-1).reshape(height // MERGE_SIZE, MERGE_SIZE, width // MERGE_SIZE, MERGE_SIZE, 2)
@@ -69,7 +74,10 @@ def patchify(pixels: np.ndarray, patch_size: int) -> tuple[np.ndarray, np.ndarra
 
 
 def augment_sample(
-    name: str, record: Record, images: Sequence[np.ndarray], rng: np.random.Generator,
+    name: str,
+    record: Record,
+    images: Sequence[np.ndarray],
+    rng: np.random.Generator,
     encode: Callable[[str], Sequence[int]],
 ) -> tuple[Record, list[np.ndarray], list[str]]:
     """Applies the augmentation of a source to a record and its decoded images.
@@ -98,7 +106,7 @@ def mirror_shift(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     reach_y, reach_x = height // MAX_SHIFT_SHARE, width // MAX_SHIFT_SHARE
     y, x = int(rng.integers(2 * reach_y + 1)), int(rng.integers(2 * reach_x + 1))
     padded = np.pad(pixels, ((reach_y, reach_y), (reach_x, reach_x), (0, 0)), mode="edge")
-    return padded[y:y + height, x:x + width]
+    return padded[y : y + height, x : x + width]
 
 
 def nlvr(
@@ -130,8 +138,10 @@ def nlvr(
     pixels = images[0].copy()
     for place, origin in enumerate(permutation):  # place p shows what stood at permutation[p]
         left = NLVR_BOX_LEFT[origin]
-        box = images[0][:, left:left + NLVR_BOX_SIDE]
-        pixels[:, NLVR_BOX_LEFT[place]:NLVR_BOX_LEFT[place] + NLVR_BOX_SIDE] = box[:, ::-1] if mirrored[place] else box
+        box = images[0][:, left : left + NLVR_BOX_SIDE]
+        pixels[:, NLVR_BOX_LEFT[place] : NLVR_BOX_LEFT[place] + NLVR_BOX_SIDE] = (
+            box[:, ::-1] if mirrored[place] else box
+        )
     return renamed, [pixels[::-1] if flipped else pixels], left_out
 
 

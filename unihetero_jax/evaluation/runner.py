@@ -117,7 +117,7 @@ def evaluate(
         )
         results[name] = _result(name, benchmark, scores, blind, config, step)
         if output_dir is not None:
-            _write_json(Path(output_dir) / f"{name}-{step}.json", results[name])
+            write_json(Path(output_dir) / f"{name}-{step}.json", results[name])
     return results
 
 
@@ -163,7 +163,7 @@ def _result(
     }
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes through a neighbour and a rename, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,0 +1,28 @@
+"""Does the main job run end to end, and does a small model learn both to read scenes and to imagine them?
+
+Command: `make demo`, or `python -m unihetero_jax train --config=experiments/quickstart.py --workdir=runs/quickstart`.
+Expected on two CPU cores: see the README's table, which `make demo` writes.
+
+One mixture of two sources of the embedded scene world: questions about scenes (image, then independent turns) and
+scenes to imagine (caption, then image).
+"""
+
+from ml_collections import ConfigDict
+
+from experiments import base
+
+PATH = "data/scenes-easy"
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The quickstart; takes no argument."""
+    config = base.get_config(arg)
+    config.scene_world = ConfigDict({"level": "easy", "path": PATH, "num_scenes": 40_000})
+    config.data.tokenizer = f"{PATH}/tokenizer"
+    config.data.sources = ConfigDict({
+        "qa": {"path": f"{PATH}/qa", "weight": 0.6, "augment": "none"},
+        "generation": {"path": f"{PATH}/generation", "weight": 0.4, "augment": "none"},
+    })
+    config.eval.benchmarks = ConfigDict({"scenes": f"{PATH}/questions.tsv", "scenes_heldout": f"{PATH}/questions_heldout.tsv"})
+    config.eval.rollout_source = "generation"
+    return config

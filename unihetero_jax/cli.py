@@ -1,0 +1,190 @@
+"""The commands: train, evaluate, generate."""
+
+import argparse
+import functools
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data_pipelines.scenes import ensure_scene_world
+from unihetero_jax.arrays import Batch
+from unihetero_jax.checkpoint import restore_subtree
+from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
+from unihetero_jax.config import Config
+from unihetero_jax.data.records import format_prompt
+from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
+from unihetero_jax.evaluation.diagnostics import rollout_retrieval
+from unihetero_jax.evaluation.runner import evaluate, format_table, select_benchmarks, write_json
+from unihetero_jax.inference.generate import Prompt, generate_text
+from unihetero_jax.inference.sampling import Sampling
+from unihetero_jax.model.unihetero import Params, build
+from unihetero_jax.objectives import text_log_probs
+from unihetero_jax.sharding import activation_mesh, make_mesh, to_global
+from unihetero_jax.state import TrainState
+from unihetero_jax.step import abstract_state
+from unihetero_jax.train import Interrupted, train
+
+EXIT_BAD_INPUT = 2
+"""Exit code when the message says what to change; an interrupted run exits with 128 + the signal's number."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the process's exit code."""
+    try:
+        namespace, overrides = parse_arguments(_parser(), sys.argv[1:] if arguments is None else arguments)
+        namespace.command(namespace, overrides)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal_number
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("UNIHETERO_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m unihetero_jax", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="train|evaluate|generate")
+
+    trains = commands.add_parser("train", allow_abbrev=False, help="train, or go on training, the run in a workdir")
+    trains.add_argument("--config", required=True, help="experiments/x.py[:argument]; fields by --config.a.b=value")
+    trains.add_argument("--workdir", required=True)
+    trains.set_defaults(command=_train)
+
+    evaluates = commands.add_parser("evaluate", allow_abbrev=False, help="score a run's checkpoint on benchmarks")
+    evaluates.add_argument("--benchmarks", default="", help="names from eval.benchmarks or paths, by comma; all if empty")
+    evaluates.add_argument("--without-image", action="store_true", help="also score with the image left out")
+    evaluates.set_defaults(command=_evaluate)
+
+    generates = commands.add_parser("generate", allow_abbrev=False, help="continue a prompt, with or without an image")
+    generates.add_argument("--image", default="", help="an image file")
+    generates.add_argument("--prompt", required=True)
+    generates.add_argument("--max-new-tokens", type=int, default=64)
+    generates.add_argument("--temperature", type=float, default=0.0)
+    generates.add_argument("--top-p", type=float, default=1.0)
+    generates.add_argument("--seed", type=int, default=0)
+    generates.set_defaults(command=_generate)
+    for command in (evaluates, generates):
+        command.add_argument("--workdir", required=True)
+        command.add_argument("--step", type=int, default=-1, help="-1: the newest that verifies")
+        command.add_argument("--replicate", type=int, default=0, help="which model of a run with num_replicates > 1")
+    return parser
+
+
+def _train(flags: argparse.Namespace, overrides: list[str]) -> None:
+    config = parse_config_flags(flags.config, overrides)
+    run_training(config, flags.workdir)
+
+
+def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
+    config, step, params = load_run(flags.workdir, flags.step, flags.replicate, overrides)
+    requested = [name for name in flags.benchmarks.split(",") if name]
+    benchmarks = select_benchmarks(config.eval.benchmarks, requested)
+    results = evaluate(
+        config, make_log_probs(config, params), load_tokenizer(config.data.tokenizer), benchmarks,
+        step=step, output_dir=Path(flags.workdir) / "eval", without_image=flags.without_image,
+    )  # fmt: skip
+    print(format_table(results))
+
+
+def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
+    config, _, params = load_run(flags.workdir, flags.step, flags.replicate, overrides)
+    image = _read_image(flags.image) if flags.image else None
+    if not image and not format_prompt(flags.prompt):
+        raise ValueError("--prompt is empty and there is no --image: nothing to continue")
+    sampling = Sampling(flags.temperature, flags.top_p)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    prompts = [Prompt(flags.prompt, image)]
+    print(generate_text(config, params, tokenizer, prompts, flags.max_new_tokens, sampling, flags.seed)[0])
+
+
+def run_training(config: Config, workdir: str) -> TrainState:
+    """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
+    world = config.scene_world
+    if world.level != "none":
+        data = config.data
+        ensure_scene_world(
+            world.path, world.level, world.num_scenes, config.model.encoder.patch_size,
+            data.image_min_patches, data.image_max_patches, config.model.decoder.vocab_size,
+        )  # fmt: skip
+    return train(config, workdir, evaluate=functools.partial(evaluate_state, config, workdir))
+
+
+def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -> dict[str, Any]:
+    """Benchmarks and, where images are generated, rollout retrieval; writes eval/*.json and prints both."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    params = _one_replicate(state.params, config, 0)
+    results: dict[str, Any] = {}
+    folder = Path(workdir) / "eval"
+    if config.eval.benchmarks:
+        log_probs = make_log_probs(config, params)
+        results = evaluate(config, log_probs, tokenizer, config.eval.benchmarks, step=step, output_dir=folder)
+        print(format_table(results))
+    if config.objective != "understanding" and config.eval.rollout_source:
+        source = config.eval.rollout_source
+        found = rollout_retrieval(config, params, tokenizer, source, config.eval.rollout_candidates)
+        write_json(folder / f"rollout-{step}.json", found | {"source": source, "step": step})
+        print(f"rollout from captions of {source}: finds its image among {found['num_candidates']} at {found['retrieval']:.3f} "
+              f"+- {found['standard_error']:.3f} (chance {found['chance']:.3f}); cosine distance {found['free_running']:.3f} "
+              f"(mean embedding {found['mean_embedding']:.3f}, copy previous {found['copy_previous']:.3f})")  # fmt: skip
+        if found["retrieval"] < config.diagnostics.retrieval_alarm:
+            print(f"ALARM: rollout retrieval {found['retrieval']:.3f} is under {config.diagnostics.retrieval_alarm}")
+        results["rollout"] = found
+    return results
+
+
+def load_run(
+    workdir: str, step: int, replicate: int, overrides: Sequence[str] = ()
+) -> tuple[Config, int, Params]:
+    """The configuration, step and parameters of a trained run, on the mesh that the configuration and overrides ask for.
+
+    Raises:
+        ValueError: the workdir is no run, has no valid checkpoint, or the replicate does not exist.
+    """
+    if not (Path(workdir) / "checkpoints").is_dir():
+        raise ValueError(f"--workdir {workdir}: no run here (no checkpoints/); train first, or correct the path")
+    wanted_step = None if step < 0 else step
+    stored_step, _, metadata = restore_subtree(workdir, wanted_step, ["step"])
+    config = with_overrides(metadata["config"], overrides)
+    if not 0 <= replicate < config.train.num_replicates:
+        raise ValueError(f"--replicate {replicate}: the run has replicates 0 to {config.train.num_replicates - 1}")
+    target = {"params": abstract_state(config, make_mesh(config.mesh)).params}
+    _, restored, _ = restore_subtree(workdir, stored_step, ["params"], target)
+    return config, stored_step, _one_replicate(restored["params"], config, replicate)
+
+
+def make_log_probs(config: Config, params: Params):
+    """The evaluation's view of a model: packed rows in, log-probability of every position's token out."""
+    mesh = make_mesh(config.mesh)
+
+    @jax.jit
+    def log_probs(params: Params, batch: Batch) -> jax.Array:
+        with activation_mesh(mesh):
+            output = build(config.model, config.objective, params)(batch)
+            return text_log_probs(output.hidden, output.unembedding, batch.tokens, config.loss.text_chunk)
+
+    def score(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(jax.device_get(log_probs(params, to_global(arrays, mesh))))
+
+    return score
+
+
+def _one_replicate(params: Params, config: Config, replicate: int) -> Params:
+    return params if config.train.num_replicates == 1 else jax.tree.map(lambda x: x[replicate], params)
+
+
+def _read_image(path: str) -> bytes:
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--image {path}: no such file")
+    return file.read_bytes()

@@ -1,0 +1,148 @@
+"""Is the visual loss worth anything? Retrieval of the true image by a free rollout, beside trivial baselines.
+
+A low visual loss proves nothing: a collapsed encoder has the lowest of all. A rollout that finds its own image among
+others cannot come from a collapsed space.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unihetero_jax.arrays import Batch
+from unihetero_jax.config import MERGED_PATCHES, Config
+from unihetero_jax.data.mixture import image_spec
+from unihetero_jax.data.packing import (
+    ImagePiece, PackedSample, TokenPiece, assemble_row, sample_from_record, stack_rows,
+)  # fmt: skip
+from unihetero_jax.data.records import FLAG_GENERATED_IMAGE, Record, deserialize, index_key
+from unihetero_jax.data.sources import open_source
+from unihetero_jax.data.tokenizer import Tokenizer
+from unihetero_jax.inference.generate import prompt_batch
+from unihetero_jax.inference.rollout import rollout
+from unihetero_jax.model.unihetero import Params, build
+
+
+def generation_records(config: Config, tokenizer: Tokenizer, source: str) -> Iterator[Record]:
+    """Validation records of a source that ask for exactly one image from text, in stored order."""
+    key = index_key(tokenizer.hash, image_spec(config))
+    opened = open_source(source, config.data.sources[source].path, "val", key, config.data.tokenizer)
+    try:
+        index = opened.index
+        wanted = np.flatnonzero((index["flags"] & FLAG_GENERATED_IMAGE > 0) & (index["num_images"] == 1))
+        for record in wanted:
+            yield deserialize(opened.read(int(record)))
+    finally:
+        opened.close()
+
+
+def rollout_retrieval(
+    config: Config, params: Params, tokenizer: Tokenizer, source: str, num_candidates: int = 64
+) -> dict[str, Any]:
+    """Rolls images out from unseen captions and looks each up among the true ones.
+
+    Distance: cosine of the whole image's embeddings after removing each position's mean over the candidates, so that
+    what all images share cannot help.
+
+    Args:
+        config: the run's.
+        params: parameters.
+        tokenizer: the run's.
+        source: name of a source with text-to-image records.
+        num_candidates: images to choose from; chance is 1 / num_candidates.
+
+    Returns:
+        `retrieval` (share found), `chance`, `standard_error`, `num_candidates`, and mean cosine distances of the free
+        rollout, of the mean embedding and of copying the previous one: `free_running`, `mean_embedding`,
+        `copy_previous`; `within_spread` of the true embeddings; `free_running_by_position`.
+
+    Raises:
+        ValueError: the source has fewer than `num_candidates` usable records.
+    """
+    spec = image_spec(config)
+    samples = [
+        sample_from_record(record, tokenizer, spec)
+        for record in itertools.islice(generation_records(config, tokenizer, source), num_candidates)
+    ]
+    if len(samples) < num_candidates:
+        raise ValueError(f"data.sources.{source}: {len(samples)} validation records generate an image, {num_candidates} are needed")
+    grids = {sample_grid(sample, spec.patch_size) for sample in samples}
+    if len(grids) > 1:
+        raise ValueError(f"data.sources.{source}: images of different grids {sorted(grids)}; retrieval compares equal ones")
+    grid = grids.pop()
+    true = np.asarray(_true_embeddings(config, params, _image_batch(config, tokenizer, samples)))
+    drawn = np.asarray(rollout(config, params, drawing_prompts(config, tokenizer, samples, grid), grid[0] * grid[1]))
+    return _compare(drawn.astype(np.float64), true[:, : drawn.shape[1]].astype(np.float64))
+
+
+def drawing_prompts(config: Config, tokenizer: Tokenizer, samples: list[PackedSample], grid: tuple[int, int]) -> Batch:
+    """The samples' texts up to `<boi>`, which carries the grid asked for."""
+    prompts = []
+    for sample in samples:
+        before = list(itertools.takewhile(lambda piece: not isinstance(piece, ImagePiece), sample.pieces))
+        prompts.append(PackedSample(before))
+    batch = prompt_batch(config, tokenizer, prompts)
+    last = np.sum(np.asarray(batch.segment_ids) > 0, axis=1) - 1
+    boi_grid = np.array(batch.boi_grid)
+    boi_grid[np.arange(len(prompts)), last] = grid
+    return dataclasses.replace(batch, boi_grid=jnp.asarray(boi_grid))
+
+
+def sample_grid(sample: PackedSample, patch_size: int) -> tuple[int, int]:
+    """(height, width) of the sample's image in visual tokens."""
+    pixels = next(piece.pixels for piece in sample.pieces if isinstance(piece, ImagePiece))
+    return pixels.shape[0] // (2 * patch_size), pixels.shape[1] // (2 * patch_size)
+
+
+def _image_batch(config: Config, tokenizer: Tokenizer, samples: list[PackedSample]) -> Batch:
+    """The samples' images alone, one per row, between markers."""
+    patch_size = config.model.encoder.patch_size
+    height, width = sample_grid(samples[0], patch_size)
+    num_tokens = height * width
+    rows = []
+    for sample in samples:
+        image = next(piece for piece in sample.pieces if isinstance(piece, ImagePiece))
+        alone = PackedSample([TokenPiece([tokenizer.boi_id]), image])
+        rows.append(assemble_row([alone], num_tokens + 1, num_tokens * MERGED_PATCHES, patch_size, tokenizer.pad_id))
+    return Batch(**{name: jnp.asarray(value) for name, value in stack_rows(rows).items()})
+
+
+def _true_embeddings(config: Config, params: Params, batch: Batch) -> jax.Array:
+    see = jax.jit(lambda params, batch: build(config.model, config.objective, params).see(batch).visual_embeddings)
+    return see(params, batch)
+
+
+def _compare(drawn: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+    num_candidates = len(true)
+    position_mean = true.mean(axis=0)
+    similarity = _unit_rows(drawn - position_mean) @ _unit_rows(true - position_mean).T
+    found = similarity.argmax(axis=1) == np.arange(num_candidates)
+    share = float(found.mean())
+    free_running = 1 - _cosine(drawn, true)
+    units = true / np.linalg.norm(true, axis=-1, keepdims=True)
+    num_tokens = true.shape[1]
+    pair_cosine = (np.sum(units.sum(axis=1) ** 2, axis=-1) - num_tokens) / max(num_tokens * (num_tokens - 1), 1)
+    return {
+        "retrieval": share,
+        "chance": 1 / num_candidates,
+        "standard_error": float(np.sqrt(share * (1 - share) / num_candidates)),
+        "num_candidates": num_candidates,
+        "free_running": float(free_running.mean()),
+        "free_running_by_position": free_running.mean(axis=0).tolist(),
+        "mean_embedding": float((1 - _cosine(np.broadcast_to(position_mean.mean(axis=0), true.shape), true)).mean()),
+        "copy_previous": float((1 - _cosine(true[:, :-1], true[:, 1:])).mean()) if num_tokens > 1 else 0.0,
+        "within_spread": float((1 - pair_cosine).mean()),
+    }
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a * b).sum(-1) / np.maximum(np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1), 1e-12)
+
+
+def _unit_rows(x: np.ndarray) -> np.ndarray:
+    flat = x.reshape(len(x), -1)
+    return flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-12)

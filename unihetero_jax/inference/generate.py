@@ -1,0 +1,127 @@
+"""Text generation with a key/value cache, from text and images."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from unihetero_jax.arrays import Batch, typechecked
+from unihetero_jax.config import MERGED_PATCHES, Config
+from unihetero_jax.data.mixture import image_spec
+from unihetero_jax.data.packing import PackedSample, TokenPiece, assemble_row, image_pieces, sample_cost, stack_rows
+from unihetero_jax.data.records import decode_image, format_prompt
+from unihetero_jax.data.tokenizer import Tokenizer
+from unihetero_jax.data.transforms import resize_to_grid
+from unihetero_jax.inference.sampling import Sampling, sample
+from unihetero_jax.model.unihetero import Params, build
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What the model is given: an optional image (its file's bytes), then text."""
+
+    text: str
+    image: bytes | None = None
+
+
+def generate_text(
+    config: Config,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+) -> list[str]:
+    """Continues each prompt until the end-of-sample token or `max_new_tokens`.
+
+    Raises:
+        ValueError: there is no prompt, or `max_new_tokens` is not positive.
+        RecordError: an image cannot be decoded.
+    """
+    if not prompts or max_new_tokens < 1:
+        raise ValueError(f"{len(prompts)} prompts, max_new_tokens {max_new_tokens}: both must be positive")
+    batch = prompt_batch(config, tokenizer, [prompt_sample(config, tokenizer, prompt) for prompt in prompts])
+    forbidden = (tokenizer.pad_id, tokenizer.boi_id, tokenizer.eoi_id)
+    tokens, _ = decode(
+        config, params, batch, jax.random.key(seed), max_new_tokens, tokenizer.eos_id, forbidden, sampling
+    )
+    return [tokenizer.decode(_until(row, tokenizer.eos_id)).strip() for row in np.asarray(tokens)]
+
+
+def prompt_sample(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> PackedSample:
+    """A prompt as it stood in training: the image between its markers, then the prompt's text."""
+    pieces = []
+    if prompt.image is not None:
+        pixels = resize_to_grid(decode_image(prompt.image), image_spec(config))
+        pieces += image_pieces(pixels, False, tokenizer)
+    ids = tokenizer.encode(format_prompt(prompt.text))
+    return PackedSample([*pieces, TokenPiece(ids)] if ids else pieces)
+
+
+def prompt_batch(config: Config, tokenizer: Tokenizer, samples: Sequence[PackedSample]) -> Batch:
+    """One sample per row, padded at its end to the longest, so that position p lies in cache slot p."""
+    patch_size = config.model.encoder.patch_size
+    costs = [sample_cost(one, patch_size) for one in samples]
+    row_tokens, row_patches = max(cost[0] for cost in costs), max(cost[1] for cost in costs)
+    rows = [
+        assemble_row([one], row_tokens, max(row_patches, MERGED_PATCHES), patch_size, tokenizer.pad_id)
+        for one in samples
+    ]
+    return Batch(**{name: jnp.asarray(value) for name, value in stack_rows(rows).items()})
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "end_id", "forbidden", "sampling"))
+@typechecked
+def decode(
+    config: Config,
+    params: Params,
+    batch: Batch,
+    key: PRNGKeyArray,
+    max_new_tokens: int,
+    end_id: int,
+    forbidden: tuple[int, ...],
+    sampling: Sampling,
+) -> tuple[Int[Array, "B S"], Float[Array, "B S"]]:
+    """Prefills the prompts and decodes one token at a time; stops when every row has ended.
+
+    Returns:
+        Tokens, `end_id` from a row's end on, and the log-probability each had under the model (before temperature).
+    """
+    model = build(config.model, config.objective, params)
+    num_rows, length = batch.tokens.shape
+    hidden, cache = model.prefill(batch, length + max_new_tokens)
+    last = jnp.take_along_axis(hidden, cache.length[:, None, None] - 1, axis=1)[:, 0]
+    no_grid = jnp.zeros((num_rows, 1, 2), jnp.int32)
+    blocked = jnp.zeros(config.model.decoder.vocab_size, bool).at[jnp.asarray(forbidden, jnp.int32)].set(True)
+
+    def next_token(step, last, ended):
+        logits = (last @ model.decoder.unembedding.T.astype(last.dtype)).astype(jnp.float32)
+        token = sample(jnp.where(blocked, -jnp.inf, logits), jax.random.fold_in(key, step), sampling)
+        token = jnp.where(ended, end_id, token)
+        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]
+
+    def body(carry):
+        step, last, cache, ended, tokens, log_probs = carry
+        token, log_prob = next_token(step, last, ended)
+        tokens = tokens.at[:, step].set(token)
+        log_probs = log_probs.at[:, step].set(jnp.where(ended, 0.0, log_prob))
+        embedding = model.decoder.embed(token[:, None], no_grid, model.dtype)[:, 0]
+        last, cache = model.decode_step(embedding, cache)
+        return step + 1, last, cache, ended | (token == end_id), tokens, log_probs
+
+    def unfinished(carry):
+        return (carry[0] < max_new_tokens) & ~jnp.all(carry[3])
+
+    tokens = jnp.full((num_rows, max_new_tokens), end_id, jnp.int32)
+    start = (0, last, cache, jnp.zeros(num_rows, bool), tokens, jnp.zeros(tokens.shape))
+    return jax.lax.while_loop(unfinished, body, start)[4:]
+
+
+def _until(tokens: np.ndarray, end_id: int) -> list[int]:
+    ends = np.flatnonzero(tokens == end_id)
+    return tokens[: ends[0] if len(ends) else len(tokens)].tolist()
