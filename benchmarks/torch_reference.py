@@ -46,7 +46,7 @@ class MergeProjector(nn.Module):
         return self.norm(self.linear_2(hidden))
 
 
-def build_model(model: ModelConfig, image_side: int) -> LlavaForConditionalGeneration:
+def build_model(model: ModelConfig, image_side: int) -> nn.Module:
     """The model with random weights. `image_side` in pixels; the last token id stands for visual positions."""
     encoder, decoder = model.encoder, model.decoder
     vision = SiglipVisionConfig(
@@ -60,12 +60,12 @@ def build_model(model: ModelConfig, image_side: int) -> LlavaForConditionalGener
         num_key_value_heads=decoder.num_kv_heads, head_dim=decoder.head_dim, rms_norm_eps=decoder.norm_eps,
         tie_word_embeddings=decoder.tied_embeddings, max_position_embeddings=4096, use_cache=False,
     )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=decoder.vocab_size - 1,
-        vision_feature_layer=-1, vision_feature_select_strategy="full",
-        tie_word_embeddings=decoder.tied_embeddings, attn_implementation="sdpa",
-    )  # fmt: skip
-    llava = LlavaForConditionalGeneration(config)
+    fields: dict[str, Any] = {
+        "vision_config": vision, "text_config": text, "image_token_id": decoder.vocab_size - 1,
+        "vision_feature_layer": -1, "vision_feature_select_strategy": "full",
+        "tie_word_embeddings": decoder.tied_embeddings, "attn_implementation": "sdpa",
+    }  # fmt: skip
+    llava: Any = LlavaForConditionalGeneration(LlavaConfig(**fields))
     # Llava takes the features before the tower's final norm; the projector above applies that norm, once.
     llava.model.vision_tower.post_layernorm = nn.Identity()
     llava.model.multi_modal_projector = MergeProjector(model)

@@ -84,7 +84,11 @@ def make_config(name: str, dtype: str) -> Config:
 
 
 def make_row(vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A full row: tokens int[T] (the last id at visual positions), supervised bool[T], images uint8[n, side, side, 3]."""
+    """A full row, the same for every arm.
+
+    Returns:
+        Tokens int[T] (the last id at visual positions), supervised bool[T], images uint8[n, side, side, 3].
+    """
     rng = np.random.default_rng(0)
     visual_tokens = PATCHES // 4
     image = [BOI, *[vocab_size - 1] * visual_tokens, EOI]

@@ -17,12 +17,17 @@ PATH = "data/scenes-easy"
 def get_config(arg: str = "") -> ConfigDict:
     """The quickstart; takes no argument."""
     config = base.get_config(arg)
-    config.scene_world = ConfigDict({"level": "easy", "path": PATH, "num_scenes": 40_000})
+    config.scene_world = ConfigDict({"level": "easy", "path": PATH, "num_scenes": 20_000})
     config.data.tokenizer = f"{PATH}/tokenizer"
     config.data.sources = ConfigDict({
         "qa": {"path": f"{PATH}/qa", "weight": 0.6, "augment": "none"},
         "generation": {"path": f"{PATH}/generation", "weight": 0.4, "augment": "none"},
     })
     config.eval.benchmarks = ConfigDict({"scenes": f"{PATH}/questions.tsv", "scenes_heldout": f"{PATH}/questions_heldout.tsv"})
+    config.data.row_tokens, config.data.row_patches = 192, 144  # four scenes a row
+    config.data.num_data_shards = 8
+    config.train.num_steps, config.train.global_batch_rows = 2000, 8
+    config.train.log_every_steps, config.train.eval_every_steps = 20, 500
+    config.checkpoint.every_steps = 250
     config.eval.rollout_source = "generation"
     return config

@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from data_pipelines.scenes import ensure_scene_world
+from data_pipelines.scene_world import ensure_scene_world
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
 from unihetero_jax.config import Config
+from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import format_prompt
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.evaluation.diagnostics import rollout_retrieval
@@ -112,11 +113,8 @@ def run_training(config: Config, workdir: str) -> TrainState:
     """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
     world = config.scene_world
     if world.level != "none":
-        data = config.data
-        ensure_scene_world(
-            world.path, world.level, world.num_scenes, config.model.encoder.patch_size,
-            data.image_min_patches, data.image_max_patches, config.model.decoder.vocab_size,
-        )  # fmt: skip
+        vocab_size = config.model.decoder.vocab_size
+        ensure_scene_world(world.path, world.level, world.num_scenes, image_spec(config), vocab_size)
     return train(config, workdir, evaluate=functools.partial(evaluate_state, config, workdir))
 
 

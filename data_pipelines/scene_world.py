@@ -1,0 +1,170 @@
+"""Writes a scene world: training records, tokenizer, and question files of unseen scenes.
+
+    python -m data_pipelines.scene_world --output=data/scenes-easy --level=easy --num-scenes=40000
+"""
+
+import argparse
+import base64
+import csv
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_pipelines.scene_questions import QUESTION_KINDS, Question, make_question, make_questions
+from data_pipelines.scenes import IMAGE_SIZE, Level, Scene, Split, caption, encode_png, make_scene, render, scene_rng
+from data_pipelines.writer import write_prepared
+from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment, format_answer, format_prompt
+from unihetero_jax.data.tokenizer import train_tokenizer
+
+TURNS_PER_SCENE = 5
+CAPTION_TURN_SHARE = 0.2
+CAPTION_PROMPT = "Describe the scene."
+ITEMS_PER_KIND = 200
+MAX_TRIES_PER_ITEM = 200
+TSV_COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source",
+               "l2-category", "comment", "split")  # fmt: skip
+VERSION = 1
+
+
+def qa_record(seed: int, split: Split, level: Level, index: int) -> Record:
+    """A scene, then independent turns about it; now and then one asks for a description."""
+    scene = make_scene(seed, split, level, index)
+    rng = scene_rng(seed, split, level, index, "questions")
+    turns = [(question.text, question.answer) for question in make_questions(scene, rng, TURNS_PER_SCENE)]
+    if rng.random() < CAPTION_TURN_SHARE:
+        turns[-1] = (CAPTION_PROMPT, caption(scene, rng))
+    segments: list[TextSegment | ImageSegment] = [_image(scene, seed, split)]
+    for branch, (question, answer) in enumerate(turns, start=1):
+        segments.append(TextSegment(format_prompt(question), False, branch))
+        segments.append(TextSegment(format_answer(answer), True, branch))
+    return Record("scenes_qa", "vqa", tuple(segments), {"id": f"{split}-{index}"})
+
+
+def generation_record(seed: int, split: Split, level: Level, index: int) -> Record:
+    """A caption, then the scene that it describes."""
+    scene = make_scene(seed, split, level, index)
+    text = caption(scene, scene_rng(seed, split, level, index, "caption"))
+    return Record("scenes_generation", "image", (TextSegment(text, True), _image(scene, seed, split)), {"id": f"{split}-{index}"})
+
+
+def _image(scene: Scene, seed: int, split: Split) -> ImageSegment:
+    return ImageSegment(encode_png(render(scene, seed, split)), scene.image_size, scene.image_size)
+
+
+def question_items(
+    seed: int, split: Split, level: Level, items_per_kind: int = ITEMS_PER_KIND
+) -> Iterator[tuple[Scene, Question]]:
+    """`items_per_kind` questions of every kind, each about a scene of its own."""
+    index = 0
+    for kind in QUESTION_KINDS:
+        if split == "heldout" and kind == "count":
+            continue  # a count names no pair, so nothing about it is compositional
+        made = 0
+        for _ in range(items_per_kind * MAX_TRIES_PER_ITEM):
+            scene = make_scene(seed, split, level, index)
+            rng = scene_rng(seed, split, level, index, "questions")
+            question = make_question(kind, scene, rng, heldout=split == "heldout")
+            index += 1
+            if question is not None:
+                yield scene, question
+                made += 1
+            if made == items_per_kind:
+                break
+        if made < items_per_kind:
+            raise RuntimeError(f"only {made} of {items_per_kind} {kind} questions could be made")
+
+
+def write_questions(path: Path, seed: int, split: Split, level: Level, items_per_kind: int = ITEMS_PER_KIND) -> None:
+    """An MMBench TSV, read like any benchmark; the category is the kind of question."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, TSV_COLUMNS, delimiter="\t")
+        writer.writeheader()
+        for number, (scene, question) in enumerate(question_items(seed, split, level, items_per_kind)):
+            options = dict(zip("ABCD", question.options, strict=False))
+            letter = next(letter for letter, text in options.items() if text == question.answer)
+            image = base64.b64encode(encode_png(render(scene, seed, split))).decode()
+            writer.writerow({
+                "index": number, "question": question.text, **options, "answer": letter, "category": question.kind,
+                "image": image, "source": f"scenes-{level}", "l2-category": split, "comment": f"{split}-{scene.index}",
+                "split": "test",
+            })  # fmt: skip
+
+
+def write_scene_world(
+    path: str | os.PathLike[str], level: Level, num_scenes: int, spec: ImageSpec, vocab_size: int, seed: int = 0
+) -> None:
+    """Writes the whole folder under another name and renames it at the end, so a folder that exists is complete.
+
+    Raises:
+        ValueError: `num_scenes` is not positive, the level is unknown, or the folder exists and is something else.
+    """
+    output = Path(path)
+    if num_scenes < 1 or level not in IMAGE_SIZE:
+        raise ValueError(f"scene world: num_scenes {num_scenes} must be positive and level {level!r} easy or hard")
+    if output.exists():
+        raise ValueError(f"{output} exists; remove it, or name another folder")
+    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        texts = (s.text for i in range(min(num_scenes, 4000)) for make in (qa_record, generation_record)
+                 for s in make(seed, "train", level, i).segments if isinstance(s, TextSegment))  # fmt: skip
+        tokenizer = train_tokenizer(texts, vocab_size, partial / "tokenizer")
+        for name, make in (("qa", qa_record), ("generation", generation_record)):
+            records = (make(seed, "train", level, i) for i in range(num_scenes))
+            write_prepared(records, partial / name, source=f"scenes_{name}", tokenizer=tokenizer, spec=spec,
+                           licence="generated", val_share=0.02)  # fmt: skip
+        write_questions(partial / "questions.tsv", seed, "test", level)
+        write_questions(partial / "questions_heldout.tsv", seed, "heldout", level)
+        settings = {"version": VERSION, "level": level, "num_scenes": num_scenes, "seed": seed}
+        (partial / "manifest.json").write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def ensure_scene_world(path: str, level: Level, num_scenes: int, spec: ImageSpec, vocab_size: int) -> None:
+    """Makes the scene world unless it is there; says so, since it takes a while.
+
+    Raises:
+        ValueError: another world is there.
+    """
+    manifest = Path(path) / "manifest.json"
+    if not manifest.exists():
+        print(f"scene world {path} is missing: generating {num_scenes} {level} scenes", flush=True)
+        write_scene_world(path, level, num_scenes, spec, vocab_size)
+        return
+    settings = json.loads(manifest.read_text())
+    wanted = {"version": VERSION, "level": level, "num_scenes": num_scenes}
+    different = [f"{key} {settings.get(key)!r} instead of {value!r}" for key, value in wanted.items() if settings.get(key) != value]
+    if different:
+        raise ValueError(f"{path} holds another scene world ({', '.join(different)}); remove it, or set scene_world.path")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.scene_world", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--level", choices=list(IMAGE_SIZE), default="easy")
+    parser.add_argument("--num-scenes", type=int, default=40_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patch-size", type=int, default=8)
+    parser.add_argument("--min-patches", type=int, default=36)
+    parser.add_argument("--max-patches", type=int, default=64)
+    parser.add_argument("--vocab-size", type=int, default=512)
+    flags = parser.parse_args(arguments)
+    spec = ImageSpec(flags.patch_size, flags.min_patches, flags.max_patches)
+    try:
+        write_scene_world(flags.output, flags.level, flags.num_scenes, spec, flags.vocab_size, flags.seed)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
