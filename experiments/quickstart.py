@@ -26,6 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.eval.benchmarks = ConfigDict({"scenes": f"{PATH}/questions.tsv", "scenes_heldout": f"{PATH}/questions_heldout.tsv"})
     config.data.row_tokens, config.data.row_patches = 192, 144  # four scenes a row
     config.data.num_data_shards = 8
+    config.loss.visual_ramp_steps = 600  # text shapes the space before it becomes a target
     config.train.num_steps, config.train.global_batch_rows = 2000, 8
     config.train.log_every_steps, config.train.eval_every_steps = 20, 500
     config.checkpoint.every_steps = 250

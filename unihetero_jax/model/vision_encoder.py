@@ -60,7 +60,7 @@ class VisionEncoder(nnx.Module):
         self.patch = Linear(patch_values, config.dim, ("replicated", "vision_embed"), keys.child("patch"), use_bias=True)
         self.position = parameter(
             keys, "position", (config.position_grid**2, config.dim),
-            nnx.initializers.normal(config.dim**-0.5), ("replicated", "vision_embed"),
+            nnx.initializers.normal(1.0), ("replicated", "vision_embed"),
         )
         self.blocks = stack_layers(lambda k: EncoderBlock(config, k), config.num_layers, keys.child("blocks"))
         self.norm = LayerNorm(config.dim, NORM_EPS, keys.child("norm"))

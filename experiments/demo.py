@@ -1,0 +1,119 @@
+"""`make demo`: trains the quickstart, evaluates it on scenes it never saw, and draws what it sees.
+
+    python -m experiments.demo --workdir=runs/demo [--compare]
+
+Writes <workdir>/summary.json and <workdir>/sheet.png. With `--compare` the same budget is also trained without a visual
+loss, in <workdir>-understanding, and both are printed side by side.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.scene_questions import make_questions
+from data_pipelines.scene_world import CAPTION_PROMPT
+from data_pipelines.scenes import caption, encode_png, make_scene, render, scene_rng
+from experiments import quickstart
+from unihetero_jax.cli import make_log_probs, run_training
+from unihetero_jax.config import Config, from_config_dict
+from unihetero_jax.data.tokenizer import load_tokenizer
+from unihetero_jax.evaluation.benchmarks import Item
+from unihetero_jax.evaluation.multiple_choice import score_items
+from unihetero_jax.evaluation.sheet import SheetEntry, SheetQuestion, draw_sheet
+from unihetero_jax.inference.generate import Prompt, generate_text
+from unihetero_jax.model.unihetero import Params
+from unihetero_jax.train import Interrupted
+
+SHEET_SCENES = range(900_000, 900_004)
+"""Indices of the test split that no question file reaches."""
+QUESTIONS_PER_SCENE = 4
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description="Train, evaluate and draw the demo.")
+    parser.add_argument("--workdir", default="runs/demo")
+    parser.add_argument("--compare", action="store_true", help="also train objective=understanding at equal budget")
+    flags = parser.parse_args(arguments)
+    config = from_config_dict(quickstart.get_config())
+    try:
+        summaries = {config.objective: run_demo(config, Path(flags.workdir))}
+        if flags.compare:
+            other = dataclasses.replace(config, objective="understanding")
+            summaries[other.objective] = run_demo(other, Path(f"{flags.workdir}-understanding"))
+            (Path(flags.workdir) / "compare.json").write_text(json.dumps(summaries, indent=1) + "\n")
+            print(comparison(summaries))
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal_number
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_demo(config: Config, workdir: Path) -> dict[str, Any]:
+    """Trains, evaluates and draws one objective; returns what summary.json holds."""
+    start = time.monotonic()
+    state = run_training(config, os.fspath(workdir))
+    draw_scenes(config, state.params, workdir / "sheet.png")
+    questions = json.loads((workdir / "eval" / f"scenes-{config.train.num_steps}.json").read_text())
+    heldout = json.loads((workdir / "eval" / f"scenes_heldout-{config.train.num_steps}.json").read_text())
+    rollout = workdir / "eval" / f"rollout-{config.train.num_steps}.json"
+    summary = {
+        "objective": config.objective,
+        "accuracy": {"overall": questions["overall"]["accuracy"],
+                     **{kind: row["accuracy"] for kind, row in questions["by_category"].items()}},
+        "accuracy_heldout": {"overall": heldout["overall"]["accuracy"],
+                             **{kind: row["accuracy"] for kind, row in heldout["by_category"].items()}},
+        "rollout": json.loads(rollout.read_text()) if rollout.exists() else None,
+        "wall_s": round(time.monotonic() - start, 1),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+    }  # fmt: skip
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"{summary['wall_s']:.0f} s, {summary['peak_rss_gib']:.2f} GiB; see {workdir / 'sheet.png'} and {workdir / 'summary.json'}")
+    return summary
+
+
+def draw_scenes(config: Config, params: Params, path: Path) -> None:
+    """Captions four new scenes, answers questions about them, and writes the sheet."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    level = config.scene_world.level
+    scenes = [make_scene(0, "test", level, index) for index in SHEET_SCENES]
+    pictures = [render(scene, 0, "test") for scene in scenes]
+    files = [encode_png(picture) for picture in pictures]
+    captions = generate_text(config, params, tokenizer, [Prompt(CAPTION_PROMPT, file) for file in files])
+    rngs = [scene_rng(0, "test", level, index, "questions") for index in SHEET_SCENES]
+    questions = [make_questions(scene, rng, QUESTIONS_PER_SCENE) for scene, rng in zip(scenes, rngs, strict=True)]
+    items = [
+        Item(f"{i}-{j}", question.text, question.options, question.options.index(question.answer), files[i], question.kind)
+        for i, asked in enumerate(questions)
+        for j, question in enumerate(asked)
+    ]
+    scores = iter(score_items(items, tokenizer, config, make_log_probs(config, params)))
+    entries = []
+    for scene, picture, text, asked, rng in zip(scenes, pictures, captions, questions, rngs, strict=True):
+        print(f"caption: {text}")
+        answered = tuple(
+            SheetQuestion(question.text, question.options[next(scores).by_sum], question.answer) for question in asked
+        )
+        entries.append(SheetEntry(picture, text, caption(scene, rng), answered))
+    draw_sheet(entries, path)
+
+
+def comparison(summaries: dict[str, dict[str, Any]]) -> str:
+    """Accuracy per question type of the objectives, side by side."""
+    kinds = next(iter(summaries.values()))["accuracy"]
+    lines = [f"{'accuracy':<12}" + "".join(f"{name:>18}" for name in summaries)]
+    lines += [f"{kind:<12}" + "".join(f"{s['accuracy'][kind]:>18.3f}" for s in summaries.values()) for kind in kinds]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
