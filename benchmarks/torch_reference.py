@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from unihetero_jax.config import ModelConfig
 
@@ -34,7 +35,7 @@ class MergeProjector(nn.Module):
         self.encoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.linear_1 = nn.Linear(4 * dim, model.projector.hidden_dim)
         self.linear_2 = nn.Linear(model.projector.hidden_dim, model.decoder.dim)
-        self.norm = nn.RMSNorm(model.decoder.dim, eps=model.decoder.norm_eps)
+        self.norm = LlamaRMSNorm(model.decoder.dim, eps=model.decoder.norm_eps)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[images, patches in raster order, E] to [images, patches / 4, D]."""
@@ -93,6 +94,8 @@ def make_run(
     input_ids = torch.from_numpy(tokens).long()[None]
     labels = torch.where(torch.from_numpy(supervised)[None], input_ids, IGNORED)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
+    # Llava reads scalars in its forward pass; captured, they do not break the graph.
+    torch._dynamo.config.capture_scalar_outputs = True
     forward: Any = torch.compile(network) if compiled else network
 
     def step() -> float:

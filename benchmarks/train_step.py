@@ -61,6 +61,9 @@ STEP_ARMS = {
 }
 """Arm -> library, dtype of compute (parameters are float32), through torch.compile."""
 
+MIN_ROUNDS = 9
+"""Fewer give no verdict."""
+
 BARS = {"tiny1": 1.0, "100m1": 1.2}
 """Least ratio of `jax f32` to the fastest float32 arm of PyTorch."""
 
@@ -170,11 +173,16 @@ def measure(name: str, arms: Sequence[str], rounds: int) -> dict[str, Any]:
     finally:
         for worker in workers:
             worker.close()
-    return summarise(name, arms, timings, facts) | {
-        "rounds": rounds,
-        "steps_per_round": STEPS_PER_ROUND[name],
-        "load_average": {"before": load_before, "after": os.getloadavg()},
-    }
+    results = summarise(name, arms, timings, facts)
+    return (
+        results
+        | _ratio(name, results["arms"], rounds)
+        | {
+            "rounds": rounds,
+            "steps_per_round": STEPS_PER_ROUND[name],
+            "load_average": {"before": load_before, "after": os.getloadavg()},
+        }
+    )
 
 
 def gemm_name(library: str, dtype: str) -> str:
@@ -192,7 +200,7 @@ def check_parameters(counts: Mapping[str, int]) -> None:
 def summarise(
     name: str, arms: Sequence[str], timings: Mapping[str, Timing], facts: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Figures of every arm, and the ratio that the bar is about."""
+    """Figures of every arm and of the calibration."""
     config = make_config(name, "float32")
     work = flops.count_work(config, make_arrays(config.model.decoder.vocab_size))
     gflop = flops.model_flops(config, work)["total"] / 1e9
@@ -216,16 +224,16 @@ def summarise(
         | {"gflop_per_s": rate, "best_gflop_per_s": facts[worker]["gflop_per_call"] / timings[worker].best}
         for worker, rate in rates.items()
     }
-    return {"config": name, "gflop_per_step": gflop, "arms": results, "gemm": calibration} | _ratio(name, results)
+    return {"config": name, "gflop_per_step": gflop, "arms": results, "gemm": calibration}
 
 
-def _ratio(name: str, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Our float32 step against PyTorch's fastest float32 arm; None where an arm is missing or was rejected."""
+def _ratio(name: str, results: Mapping[str, Mapping[str, Any]], rounds: int) -> dict[str, Any]:
+    """Our float32 step against PyTorch's fastest float32 arm; None where that would be no fair comparison."""
     rivals = [arm for arm in results if arm.startswith("torch") and arm.endswith("f32")]
     ratio, rival = None, None
     if rivals and "jax f32" in results:
         rival = max(rivals, key=lambda arm: results[arm]["tokens_per_s"])
-        if not any(results[arm]["rejected"] for arm in ("jax f32", *rivals)):
+        if rounds >= MIN_ROUNDS and not any(results[arm]["rejected"] for arm in ("jax f32", *rivals)):
             ratio = results["jax f32"]["tokens_per_s"] / results[rival]["tokens_per_s"]
     return {
         "bar": BARS[name],
@@ -256,7 +264,10 @@ def print_table(result: Mapping[str, Any]) -> None:
     before, after = (load[0] for load in result["load_average"].values())
     print(f"load average {before:.2f} before, {after:.2f} after")
     if result["ratio"] is None:
-        print(f"no verdict on the bar of {result['bar']}x: an arm is missing or its median/best exceeds {REJECT_ABOVE}")
+        print(
+            f"no verdict on the bar of {result['bar']}x: a float32 arm is missing, its median/best exceeds {REJECT_ABOVE}, "
+            f"or there were fewer than {MIN_ROUNDS} rounds"
+        )
     else:
         verdict = "reached" if result["bar_reached"] else "missed"
         print(f"jax f32 / {result['rival']} = {result['ratio']:.2f}x; bar {result['bar']}x {verdict}")
@@ -272,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default=",".join(MODELS), help="sizes, separated by commas")
     parser.add_argument("--arms", default=",".join(STEP_ARMS), help="arms, separated by commas")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=MIN_ROUNDS)
     parser.add_argument("--out", default="benchmarks/results/train_step.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     flags = parser.parse_args()

@@ -69,15 +69,26 @@ def _shape(scene: Scene, rng: np.random.Generator, heldout: bool) -> Question | 
 
 def _location(scene: Scene, rng: np.random.Generator, heldout: bool) -> Question | None:
     item = _pick(_unique_pairs(scene), rng, heldout)
-    if item is None:
+    if item is None or (scene.level == "hard" and rng.random() >= _evenness(scene, item)):
         return None
     text = _one_of(rng, f"Where is the {item.color} {item.shape}?", f"Where do you see the {item.color} {item.shape}?")
     answer = scene.location(item)
     return Question("location", text, answer, _options(answer, LOCATIONS, rng))
 
 
+def _evenness(scene: Scene, item: SceneObject) -> float:
+    """Share of location questions to keep so that all nine places are asked for equally often.
+
+    An object placed freely keeps its distance to the border, so its centre lies in the middle third of a side of
+    length s with probability m = (s / 3) / (s - 2 (radius + 1)) > 1/3; questions about the middle are thinned out.
+    """
+    middle = scene.image_size / 3 / (scene.image_size - 2 * (item.radius + 1))
+    third = scene.image_size / 3
+    return float(np.prod([(1 - middle) / 2 / middle if v // third == 1 else 1.0 for v in (item.x, item.y)]))
+
+
 def _count(scene: Scene, rng: np.random.Generator, heldout: bool) -> Question | None:
-    """How many objects in all, or of a colour or shape; the counts of a colour are skewed, so its blind floor is high."""
+    """How many objects in all, or of a colour or shape; the latter are skewed, so the blind floor of counts is high."""
     if heldout:
         return None
     if rng.random() < 0.5:
@@ -86,7 +97,7 @@ def _count(scene: Scene, rng: np.random.Generator, heldout: bool) -> Question | 
     field = _one_of(rng, "color", "shape")
     present = Counter(getattr(item, field) for item in scene.objects)
     absent = [name for name in (COLORS if field == "color" else SHAPES) if name not in present]
-    name = str(rng.choice(absent if rng.random() < 0.25 else list(present)))
+    name = str(rng.choice(absent if absent and rng.random() < 0.25 else list(present)))
     noun = f"{name} objects" if field == "color" else ("crosses" if name == "cross" else f"{name}s")
     return Question("count", f"How many {noun} are there?", str(present[name]), _number_options(present[name], rng))
 
@@ -160,7 +171,7 @@ def _number_options(answer: int, rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def _shuffled(options: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
-    return tuple(options[i] for i in rng.permutation(len(options)))
+    return tuple(options[int(i)] for i in rng.permutation(len(options)))
 
 
 def _one_of(rng: np.random.Generator, *choices: str) -> str:

@@ -1,21 +1,22 @@
 """Writes a scene world: training records, tokenizer, and question files of unseen scenes.
 
-    python -m data_pipelines.scene_world --output=data/scenes-easy --level=easy --num-scenes=40000
+python -m data_pipelines.scene_world --output=data/scenes-easy --level=easy --num-scenes=40000
 """
 
 import argparse
 import base64
 import csv
+import functools
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipelines.scene_questions import QUESTION_KINDS, Question, make_question, make_questions
 from data_pipelines.scenes import IMAGE_SIZE, Level, Scene, Split, caption, encode_png, make_scene, render, scene_rng
-from data_pipelines.writer import write_prepared
+from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
+from data_pipelines.writer import new_folder, write_prepared
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment, format_answer, format_prompt
 from unihetero_jax.data.tokenizer import train_tokenizer
 
@@ -24,8 +25,11 @@ CAPTION_TURN_SHARE = 0.15
 CAPTION_PROMPT = "Describe the scene."
 ITEMS_PER_KIND = 200
 MAX_TRIES_PER_ITEM = 200
-TSV_COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source",
-               "l2-category", "comment", "split")  # fmt: skip
+TSV_COLUMNS: tuple[str, ...] = (
+    "index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category", "comment",
+    "split",
+)  # fmt: skip
+VAL_SHARE = 0.02
 VERSION = 2
 
 
@@ -51,11 +55,17 @@ def generation_record(seed: int, split: Split, level: Level, index: int) -> Reco
     """
     scene = make_scene(seed, split, level, index)
     text = caption(scene, scene_rng(seed, split, level, index, "caption"))
-    return Record("scenes_generation", "image", (TextSegment(text), _image(scene, seed, split)), {"id": f"{split}-{index}"})
+    segments = (TextSegment(text), _image(scene, seed, split))
+    return Record("scenes_generation", "image", segments, {"id": f"{split}-{index}"})
 
 
 def _image(scene: Scene, seed: int, split: Split) -> ImageSegment:
-    return ImageSegment(encode_png(render(scene, seed, split)), scene.image_size, scene.image_size)
+    return ImageSegment(_picture(scene, seed, split), scene.image_size, scene.image_size)
+
+
+@functools.lru_cache(maxsize=50_000)  # both kinds of record hold the same pictures; some 60 MB
+def _picture(scene: Scene, seed: int, split: Split) -> bytes:
+    return encode_png(render(scene, seed, split))
 
 
 def question_items(
@@ -88,7 +98,7 @@ def write_questions(path: Path, seed: int, split: Split, level: Level, items_per
         writer.writeheader()
         for number, (scene, question) in enumerate(question_items(seed, split, level, items_per_kind)):
             options = dict(zip("ABCD", question.options, strict=False))
-            letter = next(letter for letter, text in options.items() if text == question.answer)
+            letter = "ABCD"[question.options.index(question.answer)]
             image = base64.b64encode(encode_png(render(scene, seed, split))).decode()
             writer.writerow({
                 "index": number, "question": question.text, **options, "answer": letter, "category": question.kind,
@@ -108,27 +118,19 @@ def write_scene_world(
     output = Path(path)
     if num_scenes < 1 or level not in IMAGE_SIZE:
         raise ValueError(f"scene world: num_scenes {num_scenes} must be positive and level {level!r} easy or hard")
-    if output.exists():
-        raise ValueError(f"{output} exists; remove it, or name another folder")
-    partial = output.with_name(f"{output.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(output) as partial:
         texts = (s.text for i in range(min(num_scenes, 4000)) for make in (qa_record, generation_record)
                  for s in make(seed, "train", level, i).segments if isinstance(s, TextSegment))  # fmt: skip
         tokenizer = train_tokenizer(texts, vocab_size, partial / "tokenizer")
         for name, make in (("qa", qa_record), ("generation", generation_record)):
             records = (make(seed, "train", level, i) for i in range(num_scenes))
             write_prepared(records, partial / name, source=f"scenes_{name}", tokenizer=tokenizer, spec=spec,
-                           licence="generated", val_share=0.02)  # fmt: skip
+                           licence="generated", val_share=VAL_SHARE)  # fmt: skip
         write_questions(partial / "questions.tsv", seed, "test", level)
         write_questions(partial / "questions_heldout.tsv", seed, "heldout", level)
         settings = {"version": VERSION, "level": level, "num_scenes": num_scenes, "seed": seed}
         (partial / "manifest.json").write_text(json.dumps(settings, indent=1) + "\n")
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    _picture.cache_clear()
 
 
 def ensure_scene_world(path: str, level: Level, num_scenes: int, spec: ImageSpec, vocab_size: int) -> None:
@@ -144,25 +146,25 @@ def ensure_scene_world(path: str, level: Level, num_scenes: int, spec: ImageSpec
         return
     settings = json.loads(manifest.read_text())
     wanted = {"version": VERSION, "level": level, "num_scenes": num_scenes}
-    different = [f"{key} {settings.get(key)!r} instead of {value!r}" for key, value in wanted.items() if settings.get(key) != value]
+    other = {key: value for key, value in wanted.items() if settings.get(key) != value}
+    different = ", ".join(f"{key} {settings.get(key)!r} instead of {value!r}" for key, value in other.items())
     if different:
-        raise ValueError(f"{path} holds another scene world ({', '.join(different)}); remove it, or set scene_world.path")
+        raise ValueError(f"{path} holds another scene world ({different}); remove it, or set scene_world.path")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.scene_world", description=__doc__.split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.scene_world", description=summary)
     parser.add_argument("--output", required=True)
     parser.add_argument("--level", choices=list(IMAGE_SIZE), default="easy")
     parser.add_argument("--num-scenes", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--patch-size", type=int, default=8)
-    parser.add_argument("--min-patches", type=int, default=36)
-    parser.add_argument("--max-patches", type=int, default=64)
+    add_spec_flags(parser)
     parser.add_argument("--vocab-size", type=int, default=512)
     flags = parser.parse_args(arguments)
-    spec = ImageSpec(flags.patch_size, flags.min_patches, flags.max_patches)
     try:
+        spec = spec_from_flags(flags)
         write_scene_world(flags.output, flags.level, flags.num_scenes, spec, flags.vocab_size, flags.seed)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

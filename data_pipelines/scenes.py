@@ -75,7 +75,8 @@ class Scene:
 def scene_rng(seed: int, split: Split, level: Level, index: int, purpose: str) -> np.random.Generator:
     """The randomness of one scene for one purpose, independent of every other."""
     purposes = ("objects", "noise", "caption", "questions")
-    return np.random.default_rng([seed, tuple(IMAGE_SIZE).index(level), FIRST_INDEX[split] + index, purposes.index(purpose)])
+    key = [seed, tuple(IMAGE_SIZE).index(level), FIRST_INDEX[split] + index, purposes.index(purpose)]
+    return np.random.default_rng(key)
 
 
 def make_scene(seed: int, split: Split, level: Level, index: int) -> Scene:
@@ -95,7 +96,7 @@ def make_scene(seed: int, split: Split, level: Level, index: int) -> Scene:
 
 def _draw_pair(rng: np.random.Generator, earlier: Sequence[SceneObject]) -> tuple[str, str]:
     while True:
-        color = list(COLORS)[rng.integers(len(COLORS))]
+        color = list(COLORS)[int(rng.integers(len(COLORS)))]
         shape = SHAPES[rng.integers(len(SHAPES))]
         if earlier and rng.random() < REPEATED_SHARE:
             model = earlier[rng.integers(len(earlier))]

@@ -1,9 +1,10 @@
 """`make demo`: trains the quickstart, evaluates it on scenes it never saw, and draws what it sees.
 
-    python -m experiments.demo --workdir=runs/demo [--compare]
+    python -m experiments.demo --workdir=runs/demo [--compare] [--export=reference/demo]
 
 Writes <workdir>/summary.json and <workdir>/sheet.png. With `--compare` the same budget is also trained without a visual
-loss, in <workdir>-understanding, and both are printed side by side.
+loss, in <workdir>-understanding, and both are printed side by side. With `--export` the trained parameters, the
+tokenizer, the questions and the metric curve are written to a folder that stands alone (the repository keeps one).
 """
 
 import argparse
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -20,7 +22,8 @@ from data_pipelines.scene_questions import make_questions
 from data_pipelines.scene_world import CAPTION_PROMPT
 from data_pipelines.scenes import caption, encode_png, make_scene, render, scene_rng
 from experiments import quickstart
-from unihetero_jax.cli import make_log_probs, run_training
+from unihetero_jax.checkpoint import Checkpointer
+from unihetero_jax.cli import load_run, make_log_probs, run_training
 from unihetero_jax.config import Config, from_config_dict
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import Item
@@ -40,10 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.demo", description="Train, evaluate and draw the demo.")
     parser.add_argument("--workdir", default="runs/demo")
     parser.add_argument("--compare", action="store_true", help="also train objective=understanding at equal budget")
+    parser.add_argument("--export", default="", help="folder for parameters, tokenizer, questions and metric curve")
     flags = parser.parse_args(arguments)
     config = from_config_dict(quickstart.get_config())
     try:
         summaries = {config.objective: run_demo(config, Path(flags.workdir))}
+        if flags.export:
+            export(Path(flags.workdir), Path(flags.export))
         if flags.compare:
             other = dataclasses.replace(config, objective="understanding")
             summaries[other.objective] = run_demo(other, Path(f"{flags.workdir}-understanding"))
@@ -105,6 +111,27 @@ def draw_scenes(config: Config, params: Params, path: Path) -> None:
         )
         entries.append(SheetEntry(picture, text, caption(scene, rng), answered))
     draw_sheet(entries, path)
+
+
+def export(workdir: Path, folder: Path) -> None:
+    """Writes what `evaluate` and `generate` need, without optimizer state, and the run's metric curve."""
+    if folder.exists():
+        raise ValueError(f"--export {folder} exists; remove it, or name another folder")
+    config, step, params = load_run(os.fspath(workdir), -1, 0)
+    world = Path(config.scene_world.path)
+    folder.mkdir(parents=True)
+    shutil.copytree(world / "tokenizer", folder / "tokenizer")
+    shutil.copy(world / "questions.tsv", folder)
+    for name in ("metrics.jsonl", "summary.json", "sheet.png"):
+        shutil.copy(workdir / name, folder)
+    moved = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, tokenizer=os.fspath(folder / "tokenizer")),
+        eval=dataclasses.replace(config.eval, benchmarks={"scenes": os.fspath(folder / "questions.tsv")}),
+    )
+    checkpointer = Checkpointer(folder, moved)
+    checkpointer.save(step, {"step": step, "params": params}, {}, wait=True)
+    checkpointer.close()
 
 
 def comparison(summaries: dict[str, dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ Shape alphabet (used by every annotation of this project):
     N  image tokens of one image       K  key positions of an attention (cache slots)
     H  attention heads                 G  key/value heads
     L  layers                          S  token positions of a decode call
+    d  values of one head              Z  width of the visual target space
 """
 
 import dataclasses
@@ -45,7 +46,9 @@ class Batch:
         visual_mask       .    .    .    x    x    x    x    .    .  |  .    x    x    x    x    .    .    .    .    .
         visual_index      .    .    .    0    1    2    3    .    .  |  .    4    5    6    7    .    .    .    .    .
         visual_loss_mask  .    .    .    x    x    x    x    .    .  |  .    .    .    .    .    .    .    .    .    .
-        text_loss_mask    .    x    x    .    .    .    .    x    x  |  .    .    .    .    .    x    .    x    .    x
+        text_loss_mask    .    x    x    .    .    .    .    x    x  |  .    .    .    .    .    .    .    x    .    x
+
+    (the end-of-sample token that closes each turn is left out of the drawing)
 
     Attributes:
         tokens: token ids; at visual positions and padding the pad id.

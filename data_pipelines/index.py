@@ -1,0 +1,33 @@
+"""Adds the index of lengths for another tokenizer or image spec to prepared folders, without rewriting records.
+
+python -m data_pipelines.index data/real/nlvr --tokenizer=data/real/tokenizer --patch-size=16
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
+from data_pipelines.writer import build_index
+from unihetero_jax.data.tokenizer import load_tokenizer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.index", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folders", nargs="+", type=Path, help="prepared folders")
+    parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json")
+    add_spec_flags(parser)
+    flags = parser.parse_args(arguments)
+    try:
+        tokenizer, spec = load_tokenizer(flags.tokenizer), spec_from_flags(flags)
+        for folder in flags.folders:
+            print(f"{folder}: index {build_index(folder, tokenizer, spec)}")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
