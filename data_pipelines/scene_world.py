@@ -30,7 +30,7 @@ TSV_COLUMNS: tuple[str, ...] = (
     "split",
 )  # fmt: skip
 VAL_SHARE = 0.02
-VERSION = 2
+VERSION = 3
 
 
 def qa_record(seed: int, split: Split, level: Level, index: int) -> Record:
@@ -108,7 +108,13 @@ def write_questions(path: Path, seed: int, split: Split, level: Level, items_per
 
 
 def write_scene_world(
-    path: str | os.PathLike[str], level: Level, num_scenes: int, spec: ImageSpec, vocab_size: int, seed: int = 0
+    path: str | os.PathLike[str],
+    level: Level,
+    num_scenes: int,
+    spec: ImageSpec,
+    vocab_size: int,
+    seed: int = 0,
+    items_per_kind: int = ITEMS_PER_KIND,
 ) -> None:
     """Writes the whole folder under another name and renames it at the end, so a folder that exists is complete.
 
@@ -126,8 +132,8 @@ def write_scene_world(
             records = (make(seed, "train", level, i) for i in range(num_scenes))
             write_prepared(records, partial / name, source=f"scenes_{name}", tokenizer=tokenizer, spec=spec,
                            licence="generated", val_share=VAL_SHARE)  # fmt: skip
-        write_questions(partial / "questions.tsv", seed, "test", level)
-        write_questions(partial / "questions_heldout.tsv", seed, "heldout", level)
+        write_questions(partial / "questions.tsv", seed, "test", level, items_per_kind)
+        write_questions(partial / "questions_heldout.tsv", seed, "heldout", level, items_per_kind)
         settings = {"version": VERSION, "level": level, "num_scenes": num_scenes, "seed": seed}
         (partial / "manifest.json").write_text(json.dumps(settings, indent=1) + "\n")
     _picture.cache_clear()

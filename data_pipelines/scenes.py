@@ -97,7 +97,7 @@ def make_scene(seed: int, split: Split, level: Level, index: int) -> Scene:
 def _draw_pair(rng: np.random.Generator, earlier: Sequence[SceneObject]) -> tuple[str, str]:
     while True:
         color = list(COLORS)[int(rng.integers(len(COLORS)))]
-        shape = SHAPES[rng.integers(len(SHAPES))]
+        shape = SHAPES[int(rng.integers(len(SHAPES)))]
         if earlier and rng.random() < REPEATED_SHARE:
             model = earlier[rng.integers(len(earlier))]
             color, shape = (model.color, shape) if rng.random() < 0.5 else (color, model.shape)
@@ -110,7 +110,7 @@ def _grid_places(rng: np.random.Generator, num_objects: int) -> list[tuple[float
     places = []
     for number in rng.permutation(9)[:num_objects]:
         size = SIZES[rng.integers(2)]
-        radius = {"small": 4.0, "large": 6.5}[size]
+        radius = {"small": 5.0, "large": 7.2}[size]
         room = cell / 2 - radius - 0.5
         jitter = rng.uniform(-room, room, 2)
         x, y = ((number % 3) + 0.5) * cell + jitter[0], ((number // 3) + 0.5) * cell + jitter[1]

@@ -20,8 +20,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.scene_world = ConfigDict({"level": "easy", "path": PATH, "num_scenes": 20_000})
     config.data.tokenizer = f"{PATH}/tokenizer"
     config.data.sources = ConfigDict({
-        "qa": {"path": f"{PATH}/qa", "weight": 0.6, "augment": "none"},
-        "generation": {"path": f"{PATH}/generation", "weight": 0.4, "augment": "none"},
+        "qa": {"path": f"{PATH}/qa", "weight": 0.7, "augment": "none"},
+        "generation": {"path": f"{PATH}/generation", "weight": 0.3, "augment": "none"},
     })
     config.eval.benchmarks = ConfigDict({"scenes": f"{PATH}/questions.tsv", "scenes_heldout": f"{PATH}/questions_heldout.tsv"})
     config.data.row_tokens, config.data.row_patches = 192, 144  # four scenes a row
