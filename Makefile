@@ -36,7 +36,7 @@ demo-compare: $(STAMP) ## the demo, with and without a visual loss at equal budg
 
 real: $(STAMP) ## real data from DATA=folder (default ../shared/data): convert, train, evaluate
 	@test -d '$(DATA)' || { echo "make real: there is no folder $(DATA); name the one with the raw data: make real DATA=/path/to/data"; exit 1; }
-	$(PY) -m data_pipelines.prepare --raw='$(DATA)' --out=data/real
+	$(PY) -m data_pipelines.real --data='$(DATA)' --output=data/real
 	$(PY) -m unihetero_jax train --config=experiments/real_small.py --workdir=runs/real
 
 test: $(STAMP) ## the default test suite (under 6 minutes on 2 cores)

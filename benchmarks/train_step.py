@@ -265,8 +265,8 @@ def print_table(result: Mapping[str, Any]) -> None:
     print(f"load average {before:.2f} before, {after:.2f} after")
     if result["ratio"] is None:
         print(
-            f"no verdict on the bar of {result['bar']}x: a float32 arm is missing, its median/best exceeds {REJECT_ABOVE}, "
-            f"or there were fewer than {MIN_ROUNDS} rounds"
+            f"no verdict on the bar of {result['bar']}x: a float32 arm is missing, its median/best "
+            f"exceeds {REJECT_ABOVE}, or there were fewer than {MIN_ROUNDS} rounds"
         )
     else:
         verdict = "reached" if result["bar_reached"] else "missed"

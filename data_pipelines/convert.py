@@ -1,8 +1,8 @@
 """Converts one raw set to a prepared folder.
 
-    python -m data_pipelines.convert llava --input=train.json --images=images.zip --output=data/mine --tokenizer=data/tok
-    python -m data_pipelines.convert parquet --input 'train-*.parquet' --label-column=label_name --output=... --tokenizer=...
-    python -m data_pipelines.convert text --input notes.txt --output=... --tokenizer=data/tok --train-tokenizer=4096
+python -m data_pipelines.convert llava --input train.json --images=images.zip --output=data/mine --tokenizer=data/tok
+python -m data_pipelines.convert parquet --input 'train-*.parquet' --label-column=label --output=... --tokenizer=...
+python -m data_pipelines.convert text --input notes.txt --output=... --tokenizer=data/tok --train-tokenizer=4096
 """
 
 import argparse
@@ -23,10 +23,12 @@ Samples = Iterable[Record | Dropped]
 
 
 def texts_of(samples: Samples) -> Iterator[str]:
-    """All texts of the records among samples, to train a tokenizer on."""
+    """All texts of the records among samples, to train a tokenizer on; what is no Unicode in them is left out."""
     for sample in samples:
         if isinstance(sample, Record):
-            yield from (segment.text for segment in sample.segments if isinstance(segment, TextSegment))
+            for segment in sample.segments:
+                if isinstance(segment, TextSegment):
+                    yield segment.text.encode("utf-8", "ignore").decode()
 
 
 def _llava_reader(flags: argparse.Namespace, source: str) -> Callable[[Sequence[Path]], Samples]:
@@ -37,8 +39,8 @@ def _llava_reader(flags: argparse.Namespace, source: str) -> Callable[[Sequence[
 
 def _parquet_reader(flags: argparse.Namespace, source: str) -> Callable[[Sequence[Path]], Samples]:
     questions = tuple(flags.question) if flags.question else ParquetOptions.questions
-    options = ParquetOptions(source, flags.task, flags.image_column, flags.caption_column, flags.label_column, questions,
-                             flags.caption_prompt)  # fmt: skip
+    columns = (flags.image_column, flags.caption_column, flags.label_column)
+    options = ParquetOptions(source, flags.task, *columns, questions, flags.caption_prompt)
     return lambda paths: read_parquet(paths, options)
 
 
@@ -59,7 +61,7 @@ def _expand(patterns: Sequence[str], flag: str) -> list[Path]:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--input", nargs="+", required=True, help="files or patterns")
-    common.add_argument("--val-input", nargs="+", default=[], help="files of the validation split, where the set has one")
+    common.add_argument("--val-input", nargs="+", default=[], help="files of the validation split, if the set has one")
     common.add_argument("--val-share", type=float, default=0.01, help="share of records for validation otherwise")
     common.add_argument("--output", required=True, help="prepared folder to make")
     common.add_argument("--source", default="", help="name kept in records; default: the output folder's")
@@ -69,10 +71,12 @@ def _parser() -> argparse.ArgumentParser:
                         help="train a byte-level BPE on the input into the --tokenizer folder first")  # fmt: skip
     common.add_argument("--num-shards", type=int, default=4, help="files per split")
     add_spec_flags(common)
-    parser = argparse.ArgumentParser(prog="python -m data_pipelines.convert", description=(__doc__ or "").split("\n")[0])
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m data_pipelines.convert", description=summary)
     layouts = parser.add_subparsers(dest="layout", required=True)
     llava = layouts.add_parser("llava", parents=[common], help="LLaVA JSON and images")
     llava.add_argument("--images", default="", help="folder or zip; default: the input's folder")
+    llava.add_argument("--val-images", default="", help="folder or zip of --val-input; default: --images")
     llava.add_argument("--turns", choices=("independent", "dialogue"), default="independent")
     llava.add_argument("--choices", choices=("letter", "text"), default="text", help="answers of multiple-choice turns")
     llava.add_argument("--first-turn", type=int, default=0)
@@ -93,12 +97,16 @@ def _convert(flags: argparse.Namespace) -> None:
     output = Path(flags.output)
     if output.exists():
         raise ValueError(f"{output} exists; remove it, or name another folder")
-    if not 0 <= flags.val_share < 1 or flags.num_shards < 1:
-        raise ValueError(f"--val-share {flags.val_share} must lie in [0, 1) and --num-shards {flags.num_shards} be positive")
+    if not 0 <= flags.val_share < 1:
+        raise ValueError(f"--val-share: {flags.val_share} must lie in [0, 1)")
+    if flags.num_shards < 1:
+        raise ValueError(f"--num-shards: {flags.num_shards} must be positive")
     source = flags.source or output.name
     spec = spec_from_flags(flags)
     train, val = _expand(flags.input, "--input"), _expand(flags.val_input, "--val-input")
     read = READERS[flags.layout](flags, source)
+    own_images = {"images": flags.val_images} if vars(flags).get("val_images") else {}
+    read_val = READERS[flags.layout](argparse.Namespace(**vars(flags) | own_images), source)
     if flags.train_tokenizer:
         if (Path(flags.tokenizer) / "tokenizer.json").exists():
             raise ValueError(f"--train-tokenizer: {flags.tokenizer} has a tokenizer; leave the flag out to use it")
@@ -108,7 +116,7 @@ def _convert(flags: argparse.Namespace) -> None:
     settings = {name: value for name, value in vars(flags).items() if name not in ("output", "tokenizer")}
     write_prepared(
         read(train), output, source=source, tokenizer=tokenizer, spec=spec, licence=flags.licence,
-        val_share=0.0 if val else flags.val_share, val_samples=read(val), num_shards=flags.num_shards,
+        val_share=0.0 if val else flags.val_share, val_samples=read_val(val), num_shards=flags.num_shards,
         settings=settings | {"tokenizer": tokenizer.hash},
     )  # fmt: skip
 

@@ -86,7 +86,7 @@ def parse_row(
         image = ImageSegment(data, *records.probe_image(data))
     except RecordError as error:
         return Dropped(error.reason, f"{where}: {error}")
-    meta = {"id": path or where}
+    meta: dict[str, str | int | float] = {"id": path or where}
     if options.task == "generation":
         return Record(options.source, "image", (TextSegment(caption, True), image), meta)
     turns = []
@@ -122,8 +122,8 @@ def _text(row: Mapping[str, Any], column: str, reason: str) -> str:
 
 
 def _label(row: Mapping[str, Any], column: str, names: Sequence[str]) -> str:
-    if column and isinstance(row.get(column), int):
-        number = row[column]
+    number = row.get(column)
+    if isinstance(number, int):
         if not 0 <= number < len(names):
             raise RecordError("unknown_label", f"{column} is {number}, the file names {len(names)} labels")
         return names[number].strip()

@@ -84,7 +84,7 @@ def parse_entry(entry: Any, read_image: Callable[[str], bytes], options: LlavaOp
             segments = [*images, *(_independent(turns) if options.turns == "independent" else _dialogue(turns))]
     except RecordError as error:
         return Dropped(error.reason, f"{where}: {error}")
-    meta = {"id": str(entry.get("id", where))}
+    meta: dict[str, str | int | float] = {"id": str(entry.get("id", where))}
     return Record(options.source, "vqa" if names else "text", tuple(segments), meta)
 
 
@@ -111,7 +111,8 @@ def _turns(entry: Mapping[str, Any], num_images: int) -> list[Turn]:
     values = [message["value"] for message in messages]
     marks = [value.count(PLACEHOLDER) for value in values]
     if sum(marks[1:]) or marks[0] != num_images:
-        raise RecordError("image_count", f"{num_images} images, {marks[0]} marks in the first message, {sum(marks[1:])} later")
+        detail = f"{num_images} images, {marks[0]} marks in the first message, {sum(marks[1:])} later"
+        raise RecordError("image_count", detail)
     turns = list(zip(values[::2], values[1::2], strict=True))
     if not all(answer.strip() for _, answer in turns):
         raise RecordError("empty_answer")
@@ -138,39 +139,6 @@ def _reworded(turn: Turn, options: LlavaOptions) -> Turn:
 
 def _image(data: bytes) -> ImageSegment:
     return ImageSegment(data, *records.probe_image(data))
-
-
-def _independent(turns: list[Turn]) -> Iterator[TextSegment]:
-    for branch, (question, answer) in enumerate(turns, start=1):
-        yield TextSegment(format_prompt(question), False, branch)
-        yield TextSegment(format_answer(answer), True, branch)
-
-
-def _dialogue(
-    system: str, turns: list[Turn], selected: list[Turn], pictures: list[ImageSegment]
-) -> tuple[TextSegment | ImageSegment, ...]:
-    """Turns one after another; images of turns that were left out stay.
-
-    The only image of a turn goes before its text, as in LLaVA's own loader (one after text would count as an image to
-    generate); of several, each stays at its mark.
-    """
-    remaining = list(pictures)
-    segments: list[TextSegment | ImageSegment] = []
-    opening = f"{system}\n" if system else ""
-    for turn in turns:
-        pieces = turn.question.split(IMAGE_MARK)
-        if len(pieces) == 2:
-            pieces = ["", "".join(pieces)]
-        for number, piece in enumerate(pieces):
-            if number:
-                segments.append(remaining.pop(0))
-            if turn in selected and piece.strip():
-                segments.append(TextSegment(opening + format_prompt(piece)))
-                opening = ""
-        if turn in selected:
-            segments.append(TextSegment(format_answer(turn.answer), loss=True))
-            opening = "\n"  # parts a question from the answer before it
-    return tuple(segments)
 
 
 def _independent(turns: list[Turn]) -> Iterator[TextSegment]:

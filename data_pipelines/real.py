@@ -1,6 +1,6 @@
 """Prepares everything for `make real`: NLVR, CIFAR-10 and plain text, one tokenizer, and their benchmarks.
 
-    python -m data_pipelines.real --data=../shared/data --output=data/real
+python -m data_pipelines.real --data=../shared/data --output=data/real
 
 Finished parts are skipped, so the command can be repeated; a part that was stopped midway is made again.
 """
@@ -68,6 +68,7 @@ def _nlvr_images(data: Path, split: str) -> Samples:
             yield sample
             continue
         image, statement, truth = sample.segments
+        assert isinstance(statement, TextSegment) and isinstance(truth, TextSegment)
         if truth.text.strip() == "true":
             yield Record(sample.source, "image", (TextSegment(statement.text.strip(), True), image), sample.meta)
         else:
@@ -166,8 +167,10 @@ def prepare(data: Path, output: Path) -> None:
     tokenizer = _tokenizer(data, output / "tokenizer")
     in_evaluation = evaluation_images(data)
     for name, (folder, read) in PARTS.items():
-        settings = {"version": VERSION, "tokenizer": tokenizer.hash, "text_chars": TEXT_CHARS,
-                    "patches": [SPEC.patch_size, SPEC.min_patches, SPEC.max_patches], "raw": _raw_sizes(data, folder)}  # fmt: skip
+        settings = {
+            "version": VERSION, "tokenizer": tokenizer.hash, "text_chars": TEXT_CHARS,
+            "patches": [SPEC.patch_size, SPEC.min_patches, SPEC.max_patches], "raw": _raw_sizes(data, folder),
+        }  # fmt: skip
         folder_fault = check_prepared(output / name, settings)
         if not folder_fault:
             print(f"{output / name}: finished earlier", flush=True)
@@ -187,15 +190,18 @@ def check_raw_data(data: Path) -> None:
     """Raises ValueError, naming the first thing that is missing, unless all raw files are there."""
     for pattern in NEEDED:
         if not any(data.glob(pattern)):
-            raise ValueError(f"--data: {data} holds no {pattern}; give the folder with the raw sets nlvr, cifar10, text and evalmini")
+            sets = "nlvr, cifar10, text and evalmini"
+            raise ValueError(f"--data: {data} holds no {pattern}; give the folder with the raw sets {sets}")
 
 
 def _tokenizer(data: Path, folder: Path) -> Tokenizer:
     if not (folder / "tokenizer.json").exists():
-        train_tokenizer((text for _, read in PARTS.values() for text in texts_of(read(data, "train"))), VOCAB_SIZE, folder)
+        texts = (text for _, read in PARTS.values() for text in texts_of(read(data, "train")))
+        train_tokenizer(texts, VOCAB_SIZE, folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > VOCAB_SIZE:
-        raise ValueError(f"{folder} has {tokenizer.vocab_size} tokens, more than {VOCAB_SIZE}; remove the folder to train it anew")
+        size = tokenizer.vocab_size
+        raise ValueError(f"{folder} has {size} tokens, more than {VOCAB_SIZE}; remove the folder to train it anew")
     return tokenizer
 
 

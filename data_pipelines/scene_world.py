@@ -30,7 +30,7 @@ TSV_COLUMNS: tuple[str, ...] = (
     "split",
 )  # fmt: skip
 VAL_SHARE = 0.02
-VERSION = 3
+VERSION = 4
 
 
 def qa_record(seed: int, split: Split, level: Level, index: int) -> Record:

@@ -23,10 +23,11 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 SIZES = ("small", "large")
 LOCATIONS = (
-    "top left", "top", "top right",
+    "top left", "top middle", "top right",
     "left", "center", "right",
-    "bottom left", "bottom", "bottom right",
+    "bottom left", "bottom middle", "bottom right",
 )  # fmt: skip
+"""No name begins another: a likelihood ranking would always put "top" before "top left"."""
 HELD_OUT = frozenset({
     ("red", "circle"), ("green", "square"), ("blue", "triangle"),
     ("yellow", "diamond"), ("purple", "cross"), ("orange", "ring"),
@@ -99,7 +100,7 @@ def _draw_pair(rng: np.random.Generator, earlier: Sequence[SceneObject]) -> tupl
         color = list(COLORS)[int(rng.integers(len(COLORS)))]
         shape = SHAPES[int(rng.integers(len(SHAPES)))]
         if earlier and rng.random() < REPEATED_SHARE:
-            model = earlier[rng.integers(len(earlier))]
+            model = earlier[int(rng.integers(len(earlier)))]
             color, shape = (model.color, shape) if rng.random() < 0.5 else (color, model.shape)
         if (color, shape) not in HELD_OUT:
             return color, shape

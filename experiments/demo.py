@@ -40,7 +40,9 @@ QUESTIONS_PER_SCENE = 4
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.demo", description="Train, evaluate and draw the demo.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.demo", description="Train, evaluate and draw the demo."
+    )
     parser.add_argument("--workdir", default="runs/demo")
     parser.add_argument("--compare", action="store_true", help="also train objective=understanding at equal budget")
     parser.add_argument("--export", default="", help="folder for parameters, tokenizer, questions and metric curve")
@@ -83,7 +85,10 @@ def run_demo(config: Config, workdir: Path) -> dict[str, Any]:
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     }  # fmt: skip
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{summary['wall_s']:.0f} s, {summary['peak_rss_gib']:.2f} GiB; see {workdir / 'sheet.png'} and {workdir / 'summary.json'}")
+    print(
+        f"{summary['wall_s']:.0f} s, {summary['peak_rss_gib']:.2f} GiB; "
+        f"see {workdir / 'sheet.png'} and {workdir / 'summary.json'}"
+    )
     return summary
 
 
@@ -98,7 +103,14 @@ def draw_scenes(config: Config, params: Params, path: Path) -> None:
     rngs = [scene_rng(0, "test", level, index, "questions") for index in SHEET_SCENES]
     questions = [make_questions(scene, rng, QUESTIONS_PER_SCENE) for scene, rng in zip(scenes, rngs, strict=True)]
     items = [
-        Item(f"{i}-{j}", question.text, question.options, question.options.index(question.answer), files[i], question.kind)
+        Item(
+            f"{i}-{j}",
+            question.text,
+            question.options,
+            question.options.index(question.answer),
+            files[i],
+            question.kind,
+        )
         for i, asked in enumerate(questions)
         for j, question in enumerate(asked)
     ]

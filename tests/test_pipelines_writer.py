@@ -8,9 +8,9 @@ import subprocess
 import sys
 import zlib
 
-import grain
 import numpy as np
 import pytest
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 
 from data_pipelines import index, writer
@@ -104,7 +104,7 @@ def test_index_states_the_cost_of_each_record_in_file_order(write, tokenizer):
     assert [p.name for p in shards] == [f"train-{i:05d}-of-00004.array_record" for i in range(4)]
     stored = []
     for shard in shards:
-        with grain.sources.ArrayRecordDataSource([str(shard)]) as reader:
+        with ArrayRecordDataSource([str(shard)]) as reader:
             stored += [records.deserialize(reader[i]) for i in range(len(reader))]
     assert len(rows) == len(stored) == 11
     for row, record in zip(rows, stored, strict=True):
@@ -133,18 +133,19 @@ def bomb():
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    pixels = zlib.compress(b"\0" * 64)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def test_bad_samples_are_counted_by_reason_and_the_rest_is_kept(write, capsys):
-    jpeg = noise_jpeg()
+    jpeg, too_long = noise_jpeg(), "x" * (records.MAX_TEXT_CHARS + 1)
     bad = {
         "empty_image": image_record(100, b""),
         "not_an_image": image_record(101, b"this is no image at all"),
         "truncated_image": image_record(102, jpeg[: len(jpeg) // 2], (64, 64)),
         "image_too_large": image_record(103, bomb(), (20_000, 20_000)),
         "size_mismatch": image_record(104, png("red", (20, 12)), (20, 12)),
-        "text_too_long": Record("set", "text", (TextSegment("x" * (records.MAX_TEXT_CHARS + 1), True),), {"id": "long"}),
+        "text_too_long": Record("set", "text", (TextSegment(too_long, True),), {"id": "long"}),
         "invalid_text": Record("set", "text", (TextSegment("half \ud800 a pair", True),), {"id": "surrogate"}),
         "empty_record": Record("set", "text", (), {"id": "none"}),
         "caption_missing": Dropped("caption_missing", "raw.json: record 7"),

@@ -5,7 +5,7 @@ Answers are derived again from the object lists by code that shares nothing with
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -26,9 +26,17 @@ from data_pipelines.scenes import (
 )
 
 LEVELS = ("easy", "hard")
-BALANCED_KINDS = [kind for kind in QUESTION_KINDS if kind != "count"]
-FITTED, TESTED = 5000, 2000
-"""Questions per type that the blind guessers learn from, and are tested on: a standard error of 0.010 to 0.011."""
+FITTED = 3500
+TESTED = {kind: 7500 if kind == "existence" else 5000 for kind in QUESTION_KINDS}
+"""Questions per type that the blind guessers learn from, and are tested on. Sixty accuracies are compared with a margin
+of .03, so that must be many standard errors (.0058 and .0061 here): with .012, chance alone failed the test."""
+FIRST_SCENE = [
+    ("red", "ring", "large"),
+    ("red", "diamond", "large"),
+    ("yellow", "ring", "large"),
+    ("orange", "square", "small"),
+]
+FIRST_SCENE_PIXEL_SUM = 451855
 
 
 def pairs(scene: Scene) -> set[tuple[str, str]]:
@@ -54,10 +62,6 @@ def test_scene_is_the_same_on_every_machine():
     scene = make_scene(0, "train", "easy", 0)
     assert [(item.color, item.shape, item.size) for item in scene.objects] == FIRST_SCENE
     assert int(render(scene, 0).astype(np.int64).sum()) == FIRST_SCENE_PIXEL_SUM
-
-
-FIRST_SCENE = None
-FIRST_SCENE_PIXEL_SUM = None
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -105,7 +109,7 @@ def test_shapes_differ_in_area_and_stay_in_their_radius(shape):
     scene = Scene("easy", 0, (SceneObject("white", shape, "large", 24.0, 24.0, 6.5),))
     bright = render(scene).astype(int).sum(2) > 3 * 140
     y, x = np.nonzero(bright)
-    assert 20 < bright.sum() < 3.15 * 6.5**2
+    assert 20 < bright.sum() < 3.5 * 6.5**2  # a disc has 3.14, and pixels that it covers by half count whole
     assert np.hypot(x + 0.5 - 24, y + 0.5 - 24).max() < 6.5 * 1.35  # corners of the square reach 0.88 * sqrt(2)
     assert bright[:, :24].sum() == bright[:, 24:].sum(), "every shape is symmetric from left to right"
     assert bright[24, 24] == (shape != "ring")
@@ -133,8 +137,8 @@ def oracle(question: str, scene: Scene) -> str:
         return f"{row} {column}".strip() or "center"
     if question == "How many objects are there?":
         return str(len(objects))
-    if match := re.fullmatch(r"How many (\w+?)(?: objects|s|es) are there\?", question):
-        word = "cross" if match[1].startswith("cross") else match[1]
+    if match := re.fullmatch(r"How many (\w+)( objects)? are there\?", question):
+        word = match[1] if match[2] else {"crosses": "cross"}.get(match[1], match[1].removesuffix("s"))
         return str(sum(word in (item.color, item.shape) for item in objects))
     if match := re.fullmatch(r"Where is the (\w+) (\w+) relative to the (\w+) (\w+)\?", question):
         a, b = named(match[1], match[2]), named(match[3], match[4])
@@ -189,12 +193,16 @@ def test_questions_of_a_scene_differ():
         assert len({question.text for question in questions}) == len(questions) <= 5
 
 
-def draw_questions(kind: str, level: str, number: int, first: int) -> list[Question]:
-    questions, index = [], first
-    while len(questions) < number:
+def draw_questions(kinds: Sequence[str], level: str) -> dict[str, list[Question]]:
+    """As many questions of each kind as are fitted and tested; no two of a kind about the same scene."""
+    questions: dict[str, list[Question]] = {kind: [] for kind in kinds}
+    index = 0
+    while missing := [kind for kind in kinds if len(questions[kind]) < FITTED + TESTED[kind]]:
         scene = make_scene(0, "train", level, index)
-        question = make_question(kind, scene, scene_rng(0, "train", level, index, "questions"))
-        questions += [question] if question else []
+        rng = scene_rng(0, "train", level, index, "questions")
+        for kind in missing:
+            question = make_question(kind, scene, rng)
+            questions[kind] += [question] if question else []
         index += 1
     return questions
 
@@ -221,8 +229,7 @@ GUESSERS: dict[str, Callable[[Question, int], object]] = {
 """What a guesser who never sees the picture may go by; each picks the option whose key was right most often."""
 
 
-def blind_accuracies(kind: str, level: str) -> dict[str, float]:
-    questions = draw_questions(kind, level, FITTED + TESTED, first=0)
+def blind_accuracies(questions: list[Question]) -> dict[str, float]:
     fitted, tested = questions[:FITTED], questions[FITTED:]
     accuracies = {}
     for name, key in GUESSERS.items():
@@ -236,14 +243,12 @@ def blind_accuracies(kind: str, level: str) -> dict[str, float]:
 def test_guessing_blind_does_not_pay(level):
     """Within 3 points of chance for every type but count, whose floor is high and printed beside every score."""
     print(f"\n{level:<10} chance " + " ".join(f"{name:>14}" for name in GUESSERS))
-    for kind in BALANCED_KINDS:
-        accuracies = blind_accuracies(kind, level)
+    for kind, questions in draw_questions(list(QUESTION_KINDS), level).items():
+        accuracies = blind_accuracies(questions)
         chance = 0.5 if kind == "existence" else 0.25
         print(f"{kind:<10} {chance:>6.2f} " + " ".join(f"{value:>14.3f}" for value in accuracies.values()))
-        assert (chance * (1 - chance) / TESTED) ** 0.5 < 0.012
-        assert max(accuracies.values()) < chance + 0.03, (kind, accuracies)
-
-
-def test_blind_guessers_find_a_bias_that_is_there():
-    """The same guessers on counts, which are skewed: the test above could fail."""
-    assert max(blind_accuracies("count", "easy").values()) > 0.35
+        assert (chance * (1 - chance) / TESTED[kind]) ** 0.5 < 0.0065
+        if kind == "count":  # a bias that is there is found: the guessers could fail the others
+            assert max(accuracies.values()) > chance + 0.1, accuracies
+        else:
+            assert max(accuracies.values()) < chance + 0.03, (kind, accuracies)

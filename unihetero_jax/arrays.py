@@ -13,6 +13,7 @@ Shape alphabet (used by every annotation of this project):
 """
 
 import dataclasses
+import typing
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ Applied explicitly: jaxtyping's import hook would also rewrite our dataclasses, 
 """
 
 
+@typing.dataclass_transform(frozen_default=True)
 def pytree_dataclass(cls):
     """A frozen dataclass whose fields are all pytree children."""
     cls = dataclasses.dataclass(frozen=True)(cls)
@@ -37,7 +39,8 @@ def pytree_dataclass(cls):
 class Batch:
     """`B` packed rows. Masks of losses are aligned to the *target*: position t is predicted from position t - 1.
 
-    One row holding `caption <boi> v0 v1 v2 v3 <eoi> <eos>` and, as a second sample, an image with two independent turns:
+    One row holding `caption <boi> v0 v1 v2 v3 <eoi> <eos>` and, as a second sample, an image with two independent
+    turns:
 
         tokens           the  cat  boi   .    .    .    .   eoi  eos | boi   .    .    .    .   eoi  q1   a1   q2   a2
         segment_ids       1    1    1    1    1    1    1    1    1  |  2    2    2    2    2    2    2    2    2    2

@@ -19,7 +19,7 @@ from unihetero_jax.command_line import parse_arguments, parse_config_flags, with
 from unihetero_jax.config import Config
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import format_prompt
-from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
+from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.diagnostics import rollout_retrieval
 from unihetero_jax.evaluation.runner import evaluate, format_table, select_benchmarks, write_json
 from unihetero_jax.inference.generate import Prompt, generate_text
@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     trains.set_defaults(command=_train)
 
     evaluates = commands.add_parser("evaluate", allow_abbrev=False, help="score a run's checkpoint on benchmarks")
-    evaluates.add_argument("--benchmarks", default="", help="names from eval.benchmarks or paths, by comma; all if empty")
+    evaluates.add_argument(
+        "--benchmarks", default="", help="names from eval.benchmarks or paths, by comma; all if empty"
+    )
     evaluates.add_argument("--without-image", action="store_true", help="also score with the image left out")
     evaluates.set_defaults(command=_evaluate)
 
@@ -132,19 +134,24 @@ def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -
         source = config.eval.rollout_source
         found = rollout_retrieval(config, params, tokenizer, source, config.eval.rollout_candidates)
         write_json(folder / f"rollout-{step}.json", found | {"source": source, "step": step})
-        print(f"rollout from captions of {source}: finds its image among {found['num_candidates']} at {found['retrieval']:.3f} "
-              f"+- {found['standard_error']:.3f} (chance {found['chance']:.3f}); cosine distance {found['free_running']:.3f} "
-              f"(mean embedding {found['mean_embedding']:.3f}, copy previous {found['copy_previous']:.3f})")  # fmt: skip
+        print(_rollout_line(found, source))
         if found["retrieval"] < config.diagnostics.retrieval_alarm:
             print(f"ALARM: rollout retrieval {found['retrieval']:.3f} is under {config.diagnostics.retrieval_alarm}")
         results["rollout"] = found
     return results
 
 
-def load_run(
-    workdir: str, step: int, replicate: int, overrides: Sequence[str] = ()
-) -> tuple[Config, int, Params]:
-    """The configuration, step and parameters of a trained run, on the mesh that the configuration and overrides ask for.
+def _rollout_line(found: Mapping[str, Any], source: str) -> str:
+    return (
+        f"rollout from captions of {source}: finds its image among {found['num_candidates']} "
+        f"at {found['retrieval']:.3f} +- {found['standard_error']:.3f} (chance {found['chance']:.3f}); "
+        f"cosine distance {found['free_running']:.3f} "
+        f"(mean embedding {found['mean_embedding']:.3f}, copy previous {found['copy_previous']:.3f})"
+    )
+
+
+def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] = ()) -> tuple[Config, int, Params]:
+    """The configuration, step and parameters of a trained run, on the mesh that configuration and overrides ask for.
 
     Raises:
         ValueError: the workdir is no run, has no valid checkpoint, or the replicate does not exist.

@@ -47,7 +47,10 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProjectorConfig:
-    """Semantic Encoder: 2x2 merge, a two-layer MLP, and an RMS norm whose gain starts at `output_rms` (0: the RMS of the token embeddings at initialisation)."""
+    """Semantic Encoder: 2x2 merge, a two-layer MLP, and an RMS norm.
+
+    The norm's gain starts at `output_rms` (0: the RMS of the token embeddings at initialisation).
+    """
 
     hidden_dim: int
     output_rms: float
@@ -55,7 +58,10 @@ class ProjectorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shared Decoder: a causal transformer. Fields cover Qwen2, Qwen3 and Llama. `max_grid` bounds an image's side in visual tokens."""
+    """Shared Decoder: a causal transformer. Fields cover Qwen2, Qwen3 and Llama.
+
+    `max_grid` bounds an image's side in visual tokens.
+    """
 
     num_layers: int
     dim: int
@@ -101,11 +107,12 @@ class LossConfig:
         visual_ramp_steps: length of the linear ramp.
         visual_loss: distance between predicted and target embedding.
         target_norm: normalisation of the target (and prediction) before the distance.
-        target: `ema` takes targets from a moving average of encoder and projector; `stop_gradient` from the online ones.
+        target: `ema` takes targets from a moving average of encoder and projector, `stop_gradient` from the online
+            ones.
         ema_decay: decay of that average; fit it to the run's length (.99 for a thousand steps, .999 for long runs).
         cut_input_gradient: stops the visual loss's gradient at the visual *inputs* of the language model.
         visual_loss_on: images that come after text (`generated`), or all.
-        text_chunk: positions per chunk of the text loss; bounds the memory of logits.
+        text_chunk: positions of a row per chunk of the text loss; bounds the memory of logits.
     """
 
     visual_weight: float
@@ -202,7 +209,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop. Intervals longer than the run mean at its end; `num_replicates` models with seeds seed, seed+1, ... share one step."""
+    """The loop. Intervals longer than the run mean at its end.
+
+    `num_replicates` models with seeds seed, seed + 1, ... share one step.
+    """
 
     num_steps: int
     global_batch_rows: int
@@ -285,7 +295,8 @@ def from_config_dict(config_dict: ConfigDict | Mapping[str, Any]) -> Config:
     """Builds and validates the configuration.
 
     Raises:
-        ConfigError: listing every unknown, missing or ill-typed field with its dotted path, or every invalid combination.
+        ConfigError: listing every unknown, missing or ill-typed field with its dotted path, or every invalid
+            combination.
     """
     faults: list[str] = []
     values = config_dict.to_dict() if isinstance(config_dict, ConfigDict) else config_dict
@@ -409,18 +420,35 @@ def validate(config: Config) -> list[str]:
 def _validate_model(model: ModelConfig) -> list[str]:
     encoder, decoder = model.encoder, model.decoder
     rules = [
-        (encoder.dim % encoder.num_heads == 0,
-         f"model.encoder.dim {encoder.dim} must be a multiple of model.encoder.num_heads {encoder.num_heads}"),
-        (decoder.num_heads % max(decoder.num_kv_heads, 1) == 0,
-         f"model.decoder.num_heads {decoder.num_heads} must be a multiple of num_kv_heads {decoder.num_kv_heads}"),
+        (
+            encoder.dim % encoder.num_heads == 0,
+            f"model.encoder.dim {encoder.dim} must be a multiple of model.encoder.num_heads {encoder.num_heads}",
+        ),
+        (
+            decoder.num_heads % max(decoder.num_kv_heads, 1) == 0,
+            f"model.decoder.num_heads {decoder.num_heads} must be a multiple of num_kv_heads {decoder.num_kv_heads}",
+        ),
         (decoder.head_dim % 2 == 0, f"model.decoder.head_dim {decoder.head_dim} must be even (rotary pairs)"),
     ]
     positive = {
         "model.encoder": (encoder, ("num_layers", "dim", "num_heads", "mlp_dim", "patch_size", "position_grid")),
         "model.projector": (model.projector, ("hidden_dim",)),
         "model.semantic_head": (model.semantic_head, ("hidden_dim",)),
-        "model.decoder": (decoder, ("num_layers", "dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim",
-                                    "vocab_size", "max_grid", "rope_theta", "norm_eps")),
+        "model.decoder": (
+            decoder,
+            (
+                "num_layers",
+                "dim",
+                "num_heads",
+                "num_kv_heads",
+                "head_dim",
+                "mlp_dim",
+                "vocab_size",
+                "max_grid",
+                "rope_theta",
+                "norm_eps",
+            ),
+        ),
     }
     return _broken(rules) + _not_positive(positive)
 
@@ -429,58 +457,125 @@ def _validate_data(config: Config) -> list[str]:
     data = config.data
     rules = [
         (bool(data.sources), "data.sources: name at least one source"),
-        (data.row_patches % MERGED_PATCHES == 0, f"data.row_patches {data.row_patches} must be a multiple of {MERGED_PATCHES}"),
-        (MERGED_PATCHES <= data.image_max_patches <= data.row_patches,
-         f"data.image_max_patches {data.image_max_patches} must lie between {MERGED_PATCHES} and data.row_patches {data.row_patches}"),
-        (1 <= data.image_min_patches <= data.image_max_patches,
-         f"data.image_min_patches {data.image_min_patches} must lie between 1 and data.image_max_patches {data.image_max_patches}"),
-        (data.image_max_patches // MERGED_PATCHES + 3 <= data.row_tokens,
-         f"data.row_tokens {data.row_tokens} must hold the largest image: data.image_max_patches / 4 + 3 markers"),
+        (
+            data.row_patches % MERGED_PATCHES == 0,
+            f"data.row_patches {data.row_patches} must be a multiple of {MERGED_PATCHES}",
+        ),
+        (
+            MERGED_PATCHES <= data.image_max_patches <= data.row_patches,
+            f"data.image_max_patches {data.image_max_patches} must lie between {MERGED_PATCHES} and data.row_patches "
+            f"{data.row_patches}",
+        ),
+        (
+            1 <= data.image_min_patches <= data.image_max_patches,
+            f"data.image_min_patches {data.image_min_patches} must lie between 1 and data.image_max_patches "
+            f"{data.image_max_patches}",
+        ),
+        (
+            data.image_max_patches // MERGED_PATCHES + 3 <= data.row_tokens,
+            f"data.row_tokens {data.row_tokens} must hold the largest image: data.image_max_patches / 4 + 3 markers",
+        ),
         (0 <= data.max_failed_share <= 1, f"data.max_failed_share {data.max_failed_share} must lie in [0, 1]"),
     ]
     for name, source in data.sources.items():
-        rules.append((source.weight > 0, f"data.sources.{name}.weight {source.weight} must be positive; to leave the source out, remove it from the config"))
-    positive = {"data": (data, ("row_tokens", "row_patches", "num_data_shards", "window_size", "num_threads", "prefetch_batches"))}
+        rules.append(
+            (
+                source.weight > 0,
+                f"data.sources.{name}.weight {source.weight} must be positive; "
+                "to leave the source out, remove it from the config",
+            )
+        )
+    positive = {
+        "data": (
+            data,
+            ("row_tokens", "row_patches", "num_data_shards", "window_size", "num_threads", "prefetch_batches"),
+        )
+    }
     batch, shards = config.train.global_batch_rows, data.num_data_shards
     if batch > 0 and shards > 0:
-        rules.append((batch % shards == 0 or shards % batch == 0,
-                      f"train.global_batch_rows {batch} and data.num_data_shards {shards}: one must divide the other"))
+        rules.append(
+            (
+                batch % shards == 0 or shards % batch == 0,
+                f"train.global_batch_rows {batch} and data.num_data_shards {shards}: one must divide the other",
+            )
+        )
     return _broken(rules) + _not_positive(positive)
 
 
 def _validate_run(config: Config) -> list[str]:
     train, optimizer, loss, init_from = config.train, config.optimizer, config.loss, config.init_from
     rules = [
-        (train.accumulation_steps < 1 or train.global_batch_rows % train.accumulation_steps == 0,
-         f"train.global_batch_rows {train.global_batch_rows} must be a multiple of train.accumulation_steps {train.accumulation_steps}"),
+        (
+            train.accumulation_steps < 1 or train.global_batch_rows % train.accumulation_steps == 0,
+            f"train.global_batch_rows {train.global_batch_rows} must be a multiple of train.accumulation_steps "
+            f"{train.accumulation_steps}",
+        ),
         (0 <= optimizer.beta1 < 1 and 0 <= optimizer.beta2 < 1, "optimizer.beta1 and beta2 must lie in [0, 1)"),
         (0 <= optimizer.final_lr_ratio <= 1, f"optimizer.final_lr_ratio {optimizer.final_lr_ratio} must lie in [0, 1]"),
         (0 < optimizer.decay_fraction <= 1, f"optimizer.decay_fraction {optimizer.decay_fraction} must lie in (0, 1]"),
         (optimizer.warmup_steps >= 0, f"optimizer.warmup_steps {optimizer.warmup_steps} must not be negative"),
         (optimizer.weight_decay >= 0, f"optimizer.weight_decay {optimizer.weight_decay} must not be negative"),
         (0 <= loss.ema_decay < 1, f"loss.ema_decay {loss.ema_decay} must lie in [0, 1)"),
-        (loss.visual_weight >= 0 and loss.visual_weight_start >= 0, "loss.visual_weight and visual_weight_start must not be negative"),
+        (
+            loss.visual_weight >= 0 and loss.visual_weight_start >= 0,
+            "loss.visual_weight and visual_weight_start must not be negative",
+        ),
         (loss.visual_ramp_steps >= 0, f"loss.visual_ramp_steps {loss.visual_ramp_steps} must not be negative"),
-        (not (loss.visual_loss == "cosine" and loss.target_norm == "l2"),
-         "loss.visual_loss=cosine normalises already; set loss.target_norm to none or layer_norm"),
-        (bool(init_from.workdir) or not init_from.components, "init_from.components is set but init_from.workdir is empty"),
-        (bool(init_from.components) or not init_from.workdir, "init_from.workdir is set but init_from.components is empty"),
-        (config.objective != "understanding" or "semantic_head" not in init_from.components,
-         "init_from.components names semantic_head, which objective=understanding does not have"),
-        (set(COMPONENTS) - set(optimizer.frozen) - ({"semantic_head"} if config.objective == "understanding" else set()) != set(),
-         "optimizer.frozen freezes every component: nothing would train"),
-        (train.num_replicates == 1 or config.mesh.fsdp == config.mesh.tensor == 1,
-         "train.num_replicates > 1 shards replicates over mesh.data: set mesh.fsdp and mesh.tensor to 1"),
-        (train.num_replicates < 1 or config.mesh.data < 1 or train.num_replicates == 1 or train.num_replicates % config.mesh.data == 0,
-         f"train.num_replicates {train.num_replicates} must be a multiple of mesh.data {config.mesh.data}"),
+        (
+            not (loss.visual_loss == "cosine" and loss.target_norm == "l2"),
+            "loss.visual_loss=cosine normalises already; set loss.target_norm to none or layer_norm",
+        ),
+        (
+            bool(init_from.workdir) or not init_from.components,
+            "init_from.components is set but init_from.workdir is empty",
+        ),
+        (
+            bool(init_from.components) or not init_from.workdir,
+            "init_from.workdir is set but init_from.components is empty",
+        ),
+        (
+            config.objective != "understanding" or "semantic_head" not in init_from.components,
+            "init_from.components names semantic_head, which objective=understanding does not have",
+        ),
+        (
+            set(COMPONENTS)
+            - set(optimizer.frozen)
+            - ({"semantic_head"} if config.objective == "understanding" else set())
+            != set(),
+            "optimizer.frozen freezes every component: nothing would train",
+        ),
+        (
+            train.num_replicates == 1 or config.mesh.fsdp == config.mesh.tensor == 1,
+            "train.num_replicates > 1 shards replicates over mesh.data: set mesh.fsdp and mesh.tensor to 1",
+        ),
+        (
+            train.num_replicates < 1
+            or config.mesh.data < 1
+            or train.num_replicates == 1
+            or train.num_replicates % config.mesh.data == 0,
+            f"train.num_replicates {train.num_replicates} must be a multiple of mesh.data {config.mesh.data}",
+        ),
         (config.checkpoint.keep_every_steps >= 0, "checkpoint.keep_every_steps must not be negative (0: off)"),
         (config.eval.validation_rows >= 0, "eval.validation_rows must not be negative (0: every item)"),
-        (config.eval.rollout_source in ("", *config.data.sources),
-         f"eval.rollout_source {config.eval.rollout_source!r} is not in data.sources: {', '.join(config.data.sources)}"),
+        (
+            config.eval.rollout_source in ("", *config.data.sources),
+            f"eval.rollout_source {config.eval.rollout_source!r} is not in data.sources: "
+            f"{', '.join(config.data.sources)}",
+        ),
     ]
     positive = {
-        "train": (train, ("num_steps", "global_batch_rows", "accumulation_steps", "log_every_steps", "eval_every_steps",
-                          "num_replicates", "max_consecutive_skips")),
+        "train": (
+            train,
+            (
+                "num_steps",
+                "global_batch_rows",
+                "accumulation_steps",
+                "log_every_steps",
+                "eval_every_steps",
+                "num_replicates",
+                "max_consecutive_skips",
+            ),
+        ),
         "optimizer": (optimizer, ("learning_rate", "clip_norm", "eps")),
         "checkpoint": (config.checkpoint, ("every_steps", "keep_last")),
         "eval": (config.eval, ("batch_rows", "rollout_candidates")),
@@ -498,22 +593,44 @@ def _validate_mesh(config: Config) -> list[str]:
     microbatch = train.global_batch_rows // train.accumulation_steps
     rules = [
         (mesh.context == 1, f"mesh.context {mesh.context}: only 1 is supported in this version"),
-        (train.num_replicates > 1 or microbatch % row_shards == 0,
-         f"rows per microbatch {microbatch} must be a multiple of mesh.data x mesh.fsdp = {row_shards}"),
-        (model.decoder.num_kv_heads % mesh.tensor == 0,
-         f"model.decoder.num_kv_heads {model.decoder.num_kv_heads} must be a multiple of mesh.tensor {mesh.tensor}"),
-        (model.encoder.num_heads % mesh.tensor == 0,
-         f"model.encoder.num_heads {model.encoder.num_heads} must be a multiple of mesh.tensor {mesh.tensor}"),
-        (model.decoder.vocab_size % mesh.tensor == 0,
-         f"model.decoder.vocab_size {model.decoder.vocab_size} must be a multiple of mesh.tensor {mesh.tensor}"),
-        (model.decoder.dim % mesh.fsdp == 0, f"model.decoder.dim {model.decoder.dim} must be a multiple of mesh.fsdp {mesh.fsdp}"),
-        (model.encoder.dim % mesh.fsdp == 0, f"model.encoder.dim {model.encoder.dim} must be a multiple of mesh.fsdp {mesh.fsdp}"),
-        (config.eval.batch_rows % row_shards == 0,
-         f"eval.batch_rows {config.eval.batch_rows} must be a multiple of mesh.data x mesh.fsdp = {row_shards}"),
+        (
+            train.num_replicates > 1 or microbatch % row_shards == 0,
+            f"rows per microbatch {microbatch} must be a multiple of mesh.data x mesh.fsdp = {row_shards}",
+        ),
+        (
+            model.decoder.num_kv_heads % mesh.tensor == 0,
+            f"model.decoder.num_kv_heads {model.decoder.num_kv_heads} must be a multiple of mesh.tensor {mesh.tensor}",
+        ),
+        (
+            model.encoder.num_heads % mesh.tensor == 0,
+            f"model.encoder.num_heads {model.encoder.num_heads} must be a multiple of mesh.tensor {mesh.tensor}",
+        ),
+        (
+            model.decoder.vocab_size % mesh.tensor == 0,
+            f"model.decoder.vocab_size {model.decoder.vocab_size} must be a multiple of mesh.tensor {mesh.tensor}",
+        ),
+        (
+            model.decoder.dim % mesh.fsdp == 0,
+            f"model.decoder.dim {model.decoder.dim} must be a multiple of mesh.fsdp {mesh.fsdp}",
+        ),
+        (
+            model.encoder.dim % mesh.fsdp == 0,
+            f"model.encoder.dim {model.encoder.dim} must be a multiple of mesh.fsdp {mesh.fsdp}",
+        ),
+        (
+            config.eval.batch_rows % row_shards == 0,
+            f"eval.batch_rows {config.eval.batch_rows} must be a multiple of mesh.data x mesh.fsdp = {row_shards}",
+        ),
     ]
-    for name, width in (("encoder.mlp_dim", model.encoder.mlp_dim), ("decoder.mlp_dim", model.decoder.mlp_dim),
-                        ("projector.hidden_dim", model.projector.hidden_dim), ("semantic_head.hidden_dim", model.semantic_head.hidden_dim)):
-        rules.append((width % mesh.tensor == 0, f"model.{name} {width} must be a multiple of mesh.tensor {mesh.tensor}"))
+    for name, width in (
+        ("encoder.mlp_dim", model.encoder.mlp_dim),
+        ("decoder.mlp_dim", model.decoder.mlp_dim),
+        ("projector.hidden_dim", model.projector.hidden_dim),
+        ("semantic_head.hidden_dim", model.semantic_head.hidden_dim),
+    ):
+        rules.append(
+            (width % mesh.tensor == 0, f"model.{name} {width} must be a multiple of mesh.tensor {mesh.tensor}")
+        )
     return _broken(rules)
 
 

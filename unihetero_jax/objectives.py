@@ -60,7 +60,7 @@ def count_targets(batch: Batch) -> dict[str, Float[Array, ""]]:
 
 
 def visual_weight(config: LossConfig, step: jax.Array) -> jax.Array:
-    """lambda at a step: linear from `visual_weight_start` to `visual_weight` (arXiv 2608.12209 ramps over 4,000 steps)."""
+    """lambda at a step: linear from `visual_weight_start` to `visual_weight` (as arXiv 2608.12209 over 4,000 steps)."""
     progress = jnp.clip(step / max(config.visual_ramp_steps, 1), 0.0, 1.0) if config.visual_ramp_steps else 1.0
     return jnp.asarray(config.visual_weight_start + (config.visual_weight - config.visual_weight_start) * progress)
 
@@ -71,8 +71,8 @@ def text_log_probs(
 ) -> Float[Array, "B T"]:
     """log p(tokens[t] | positions before t), aligned to the target; position 0 has no predecessor and gets 0.
 
-    Computed in chunks of `chunk` positions of every row and recomputed in the backward pass, so logits of the size
-    [B, T, V] never exist.
+    Rows longer than `chunk` are computed in chunks of so many positions of every row and recomputed in the backward
+    pass, so logits of the size [B, T, V] never exist; one chunk is computed once and kept.
     """
     num_rows, length, dim = hidden.shape
     chunk = min(chunk, length)
@@ -81,7 +81,6 @@ def text_log_probs(
     targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1 + padding)))
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
 
-    @jax.checkpoint
     def chunk_log_probs(hidden, targets):
         logits = jnp.einsum("bcd,vd->bcv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -92,7 +91,8 @@ def text_log_probs(
     else:
         chunked_hidden = hidden.reshape(num_rows, num_chunks, chunk, dim).swapaxes(0, 1)
         chunked_targets = targets.reshape(num_rows, num_chunks, chunk).swapaxes(0, 1)
-        log_probs = jax.lax.map(lambda x: chunk_log_probs(*x), (chunked_hidden, chunked_targets))
+        recomputed = jax.checkpoint(chunk_log_probs)
+        log_probs = jax.lax.map(lambda x: recomputed(*x), (chunked_hidden, chunked_targets))
         log_probs = log_probs.swapaxes(0, 1).reshape(num_rows, -1)
     return jnp.pad(log_probs[:, : length - 1], ((0, 0), (1, 0)))
 

@@ -13,7 +13,7 @@ Tree = dict[str, Any]
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step. Warm-up is the setting or 10% of the run, whichever is shorter, so any run length is valid.
+    """Learning rate by step. Warm-up is the setting or 10% of the run, whichever is shorter: any run length is valid.
 
     `warmup_stable_decay` holds the peak and decays linearly over the last `decay_fraction` (MiniCPM, arXiv 2404.06395).
     """

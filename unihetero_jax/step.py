@@ -46,7 +46,7 @@ class StepMetrics:
 def loss_terms(
     config: Config, params: Params, ema: Params, batch: Batch, weight: jax.Array, denominators: dict[str, jax.Array]
 ) -> LossOutput:
-    """The whole loss graph of an objective: model, target, losses. Everything that differs between objectives is here."""
+    """The whole loss graph of an objective: model, target, losses. All that differs between objectives is here."""
     frozen = {name: jax.lax.stop_gradient(params[name]) for name in config.optimizer.frozen if name in params}
     params = params | frozen
     model = unihetero.build(config.model, config.objective, params)
@@ -70,9 +70,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         updates, opt_state = optimizer.update(gradients, state.opt_state, kept)
         params = state.params | jax.tree.map(lambda p, u: p + u, kept, updates)
         ema = update_ema(state.ema, params, config.loss.ema_decay)
-        params, ema, opt_state = _where(
-            finite, (params, ema, opt_state), (state.params, state.ema, state.opt_state)
-        )
+        params, ema, opt_state = _where(finite, (params, ema, opt_state), (state.params, state.ema, state.opt_state))
         skipped = state.skipped + ~finite
         consecutive = jnp.where(finite, 0, state.consecutive_skips + 1)
         new_state = TrainState(state.step + 1, params, ema, opt_state, skipped, consecutive)

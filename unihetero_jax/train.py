@@ -37,8 +37,10 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved. `signal_number` says by what; running the same command goes on."""
 
     def __init__(self, step: int, signal_number: int):
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}; the state is saved, "
-                         "run the same command to go on")
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} after step {step}; the state is saved, "
+            "run the same command to go on"
+        )
         self.signal_number = signal_number
 
 
@@ -311,7 +313,10 @@ class _Reporter:
             line["validation"], self._validation = self._validation, {}
         line["alarms"] = self._update_alarms(done, terms)
         self._writer.write(done, line)
-        shown = {"loss": line["loss"], **{k: float(np.mean(v["mean"])) for k, v in terms.items() if k in ("text", "visual")}}
+        shown = {
+            "loss": line["loss"],
+            **{k: float(np.mean(v["mean"])) for k, v in terms.items() if k in ("text", "visual")},
+        }
         self._progress.report(done, shown, speed["samples_per_s"])
 
     def _update_alarms(self, done: int, terms: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -321,7 +326,9 @@ class _Reporter:
         copy = _worst(terms.get("visual_copy_previous"))
         alarms = {}
         if spread < thresholds.within_spread_alarm:
-            alarms["within_spread"] = f"ALARM: within-image spread {spread:.4f}: the tokens of an image become one vector"
+            alarms["within_spread"] = (
+                f"ALARM: within-image spread {spread:.4f}: the tokens of an image become one vector"
+            )
         elif spread < thresholds.within_spread_warn:
             alarms["within_spread_warn"] = f"warning: within-image spread {spread:.4f} is low"
         if copy < thresholds.copy_distance_alarm:
@@ -352,8 +359,9 @@ class _Reporter:
         limit = self._config.train.max_consecutive_skips
         if np.max(metrics.consecutive_skips) >= limit:
             raise ValueError(
-                f"{limit} steps in a row had no finite gradient (train.max_consecutive_skips), the last one {done}; the "
-                f"last checkpoint is kept. See {self._skipped_path}; lower optimizer.learning_rate, or inspect the samples"
+                f"{limit} steps in a row had no finite gradient (train.max_consecutive_skips), the last one {done}; "
+                f"the last checkpoint is kept. See {self._skipped_path}; lower optimizer.learning_rate, or inspect "
+                "the samples"
             )
 
 

@@ -17,7 +17,12 @@ from unihetero_jax.arrays import Batch
 from unihetero_jax.config import MERGED_PATCHES, Config
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import (
-    ImagePiece, PackedSample, TokenPiece, assemble_row, sample_from_record, stack_rows,
+    ImagePiece,
+    PackedSample,
+    TokenPiece,
+    assemble_row,
+    sample_from_record,
+    stack_rows,
 )  # fmt: skip
 from unihetero_jax.data.records import FLAG_GENERATED_IMAGE, Record, deserialize, index_key
 from unihetero_jax.data.sources import open_source
@@ -69,10 +74,14 @@ def rollout_retrieval(
         for record in itertools.islice(generation_records(config, tokenizer, source), num_candidates)
     ]
     if len(samples) < num_candidates:
-        raise ValueError(f"data.sources.{source}: {len(samples)} validation records generate an image, {num_candidates} are needed")
+        raise ValueError(
+            f"data.sources.{source}: {len(samples)} validation records generate an image, {num_candidates} are needed"
+        )
     grids = {sample_grid(sample, spec.patch_size) for sample in samples}
     if len(grids) > 1:
-        raise ValueError(f"data.sources.{source}: images of different grids {sorted(grids)}; retrieval compares equal ones")
+        raise ValueError(
+            f"data.sources.{source}: images of different grids {sorted(grids)}; retrieval compares equal ones"
+        )
     grid = grids.pop()
     true = np.asarray(_true_embeddings(config, params, _image_batch(config, tokenizer, samples)))
     drawn = np.asarray(rollout(config, params, drawing_prompts(config, tokenizer, samples, grid), grid[0] * grid[1]))

@@ -16,7 +16,7 @@ from unihetero_jax.data.packing import PackedSample, TokenPiece, assemble_row, i
 from unihetero_jax.data.records import decode_image, format_prompt
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
-from unihetero_jax.inference.sampling import Sampling, sample
+from unihetero_jax.inference.sampling import GREEDY, Sampling, sample
 from unihetero_jax.model.unihetero import Params, build
 
 
@@ -34,7 +34,7 @@ def generate_text(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     max_new_tokens: int = 64,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     seed: int = 0,
 ) -> list[str]:
     """Continues each prompt until the end-of-sample token or `max_new_tokens`.

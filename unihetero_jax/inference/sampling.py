@@ -21,6 +21,9 @@ class Sampling:
             raise ValueError(f"temperature {self.temperature} must be >= 0 and top_p {self.top_p} in (0, 1]")
 
 
+GREEDY = Sampling()
+
+
 @typechecked
 def sample(logits: Float[Array, "B V"], key: PRNGKeyArray, sampling: Sampling) -> Int[Array, "B"]:
     """One token per row."""

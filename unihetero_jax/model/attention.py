@@ -65,6 +65,9 @@ def attend(
     value: Float[Array, "B K G d"],
     mask: Bool[Array, "B T K"],
 ) -> Float[Array, "B T H*d"]:
-    """Grouped-query attention (arXiv 2305.13245): H query heads share G key/value heads. A row with no key gets finite values."""
+    """Grouped-query attention (arXiv 2305.13245): H query heads share G key/value heads.
+
+    A position that may see nothing (padding) gets finite values, so no NaN can spread from it.
+    """
     out = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
     return out.reshape(*out.shape[:2], -1)

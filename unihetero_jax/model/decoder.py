@@ -103,7 +103,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], Cache]:
         """Reads `S` new positions and remembers them. `cache.length` is the caller's to advance."""
         x, (keys, values) = scan_layers(
-            self.blocks, x, lambda block, x, slots: block.cached(x, positions, mask, slots),
-            "none", per_layer=(cache.keys, cache.values),
+            self.blocks,
+            x,
+            lambda block, x, slots: block.cached(x, positions, mask, slots),
+            "none",
+            per_layer=(cache.keys, cache.values),
         )
         return self.norm(x), Cache(keys, values, cache.length)

@@ -1,7 +1,7 @@
-"""UniHetero: the assembly. This is the file to read.
+r"""UniHetero: the assembly. This is the file to read.
 
     patches --Visual Encoder--> e --merge 2x2, Semantic Encoder--> z  (the LLM's own input embedding)
-    tokens  --embedding-------> \\
+    tokens  --embedding-------> \
                                  X = tokens and z in reading order --Shared Decoder--> H
     H[t] --Understanding Head--> next text token          H[t] --Generation Head--> zhat[t+1], the next visual embedding
 
@@ -45,7 +45,9 @@ class UniHetero(nnx.Module):
         target_dim = head_target_dim(config, objective)
         if target_dim:
             head = config.semantic_head
-            self.semantic_head = SemanticHead(config.decoder.dim, head.hidden_dim, target_dim, keys.child("semantic_head"))
+            self.semantic_head = SemanticHead(
+                config.decoder.dim, head.hidden_dim, target_dim, keys.child("semantic_head")
+            )
         self.has_head = bool(target_dim)
 
     @typechecked
@@ -74,9 +76,7 @@ class UniHetero(nnx.Module):
         return VisionOutput(merged, self.projector(merged))
 
     @typechecked
-    def embed(
-        self, batch: Batch, vision: VisionOutput, cut_input_gradient: bool = False
-    ) -> Float[Array, "B T D"]:
+    def embed(self, batch: Batch, vision: VisionOutput, cut_input_gradient: bool = False) -> Float[Array, "B T D"]:
         """`X`: token embeddings, with visual embeddings at visual positions."""
         tokens = self.decoder.embed(batch.tokens, batch.boi_grid, self.dtype)
         visual = jnp.take_along_axis(vision.visual_embeddings, batch.visual_index[..., None], axis=1)

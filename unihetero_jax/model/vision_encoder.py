@@ -1,4 +1,4 @@
-"""Visual Encoder: a ViT over packed patches of images at their native aspect ratio (SigLIP 2 NaFlex, arXiv 2502.14786)."""
+"""Visual Encoder: a ViT over packed patches of images at native aspect ratio (SigLIP 2 NaFlex, arXiv 2502.14786)."""
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +57,15 @@ class VisionEncoder(nnx.Module):
     def __init__(self, config: EncoderConfig, keys: ParamKeys):
         self.config = config
         patch_values = config.patch_size**2 * 3
-        self.patch = Linear(patch_values, config.dim, ("replicated", "vision_embed"), keys.child("patch"), use_bias=True)
+        self.patch = Linear(
+            patch_values, config.dim, ("replicated", "vision_embed"), keys.child("patch"), use_bias=True
+        )
         self.position = parameter(
-            keys, "position", (config.position_grid**2, config.dim),
-            nnx.initializers.normal(1.0), ("replicated", "vision_embed"),
+            keys,
+            "position",
+            (config.position_grid**2, config.dim),
+            nnx.initializers.normal(1.0),
+            ("replicated", "vision_embed"),
         )
         self.blocks = stack_layers(lambda k: EncoderBlock(config, k), config.num_layers, keys.child("blocks"))
         self.norm = LayerNorm(config.dim, NORM_EPS, keys.child("norm"))

@@ -1,0 +1,193 @@
+"""The same numbers by different roads: packed or alone, cached or whole, one device or eight, one batch or four parts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from conftest import make_tiny_config
+
+from unihetero_jax import step
+from unihetero_jax.data.packing import PackedSample, TokenPiece
+from unihetero_jax.inference.generate import decode
+from unihetero_jax.inference.rollout import rollout
+from unihetero_jax.inference.sampling import GREEDY
+from unihetero_jax.model.unihetero import build
+from unihetero_jax.objectives import text_log_probs
+from unihetero_jax.sharding import make_mesh, to_global
+from unihetero_jax.state import TrainState
+
+
+def host(batch):
+    return {field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
+
+
+def test_packed_rows_equal_separate_rows():
+    rng = np.random.default_rng(1)
+    samples = [small.reading(rng), small.drawing(rng), small.writing(rng)]
+    together = small.forward()(small.params_of(), small.batch_of([samples]))
+    start = 0
+    for sample in samples:
+        batch = small.batch_of([[sample]])
+        alone = small.forward()(small.params_of(), batch)
+        length = int((batch.segment_ids > 0).sum())
+        for name in ("hidden", "predicted_embeddings", "input_embeddings"):
+            packed = getattr(together, name)[0, start : start + length]
+            np.testing.assert_allclose(packed, getattr(alone, name)[0, :length], atol=1e-5)
+        start += length
+
+
+def test_turns_equal_the_plain_sequence_without_the_other_turns():
+    rng = np.random.default_rng(2)
+    both = small.reading(rng, turns=(3, 4))
+    second = PackedSample([piece for piece in both.pieces if getattr(piece, "branch", 0) != 1])
+    together = small.forward()(small.params_of(), small.batch_of([[both]])).hidden[0]
+    alone = small.forward()(small.params_of(), small.batch_of([[second]])).hidden[0]
+    prefix, skipped, length = 4, 6, 7
+    np.testing.assert_allclose(together[prefix + skipped :][:length], alone[prefix:][:length], atol=1e-5)
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_cached_generation_equals_the_whole_forward(with_image):
+    config, rng = make_tiny_config(), np.random.default_rng(3)
+    prompts = []
+    for length in (3, 6):
+        image = small.reading(rng, turns=()).pieces if with_image else []
+        prompts.append([*image, TokenPiece(rng.integers(4, 64, length).tolist())])
+    batch = small.batch_of([[PackedSample(prompt)] for prompt in prompts], row_tokens=12)
+    params, new = small.params_of(), 8
+    made, log_probs = decode(config, params, batch, jax.random.key(0), new, small.EOS, (), GREEDY)
+    for row, prompt in enumerate(prompts):
+        full = small.batch_of([[PackedSample([*prompt, TokenPiece(np.asarray(made[row]).tolist())])]])
+        output = small.forward()(params, full)
+        whole = text_log_probs(output.hidden, output.unembedding, full.tokens, 64)[0]
+        start = int((batch.segment_ids[row] > 0).sum())
+        ended = np.flatnonzero(np.asarray(made[row]) == small.EOS)
+        kept = int(ended[0]) + 1 if len(ended) else new
+        np.testing.assert_allclose(log_probs[row, :kept], whole[start : start + kept], atol=1e-5)
+        logits = output.hidden[0, start - 1 : start - 1 + kept] @ output.unembedding.T
+        np.testing.assert_array_equal(np.argmax(logits, axis=-1), made[row, :kept])
+
+
+@pytest.mark.parametrize("objective", ["semantic_input", "semantic_encoder"])
+def test_rollout_equals_feeding_predictions_back_by_hand(objective):
+    config, rng, num_tokens = make_tiny_config(objective=objective), np.random.default_rng(4), 3
+    params = small.params_of(objective)
+    prompt = PackedSample([small.tokens(rng, 4), TokenPiece([small.BOI])])
+    batch = small.batch_of([[prompt]], row_tokens=5, row_patches=4)
+    batch = dataclasses.replace(batch, boi_grid=batch.boi_grid.at[0, 4].set(jnp.array([1, num_tokens])))
+    rolled = rollout(config, params, batch, num_tokens)[0]
+    model = build(config.model, objective, params)
+    x = model.decoder.embed(batch.tokens, batch.boi_grid, model.dtype)
+    for position in range(num_tokens):
+        length = x.shape[1]
+        hidden = model.decoder(x, jnp.arange(length)[None], jnp.tril(jnp.ones((1, length, length), bool)))
+        predicted = model.predict_embedding(hidden[:, -1])
+        np.testing.assert_allclose(rolled[position], predicted[0], atol=1e-5)
+        x = jnp.concatenate([x, predicted[:, None]], axis=1)
+
+
+def run_steps(config, num_steps, num_rows=8):
+    mesh = make_mesh(config.mesh)
+    state = step.init_state(config, mesh)
+    train_step = step.compile_train_step(config, mesh)
+    losses = []
+    for i in range(num_steps):
+        batch = to_global(host(small.mixed_batch(i, num_rows)), mesh, config.train.num_replicates > 1)
+        state, metrics = train_step(state, batch)
+        losses.append(jax.device_get(metrics))
+    return state, losses, train_step
+
+
+def eight_rows(**changes):
+    return make_tiny_config(train__global_batch_rows=8, eval__batch_rows=8, train__num_steps=100, **changes)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run_steps(eight_rows(), 5)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [{"mesh__data": 8}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, {"mesh__fsdp": 4, "mesh__tensor": 2}],
+)
+def test_eight_devices_equal_one(one_device, mesh):
+    config = eight_rows(**mesh)
+    state, metrics, train_step = run_steps(config, 5)
+    reference = one_device[1]
+    assert abs(metrics[0].loss - reference[0].loss) < 1e-5
+    assert abs(metrics[4].loss - reference[4].loss) < 1e-3
+    for ours, theirs in zip(metrics, reference, strict=True):
+        np.testing.assert_array_equal(ours.batch_hash, theirs.batch_hash)
+        np.testing.assert_allclose(ours.counts["text"], theirs.counts["text"])
+    kernel = state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+    parts = config.mesh.fsdp * config.mesh.tensor
+    assert kernel.addressable_shards[0].data.size * parts == kernel.size
+    moment = state.opt_state[0].mu["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+    assert moment.sharding == kernel.sharding
+    assert train_step._cache_size() == 1  # nothing recompiles after the first step
+
+
+def test_compiled_step_has_the_shardings_of_the_rules():
+    config = eight_rows(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    mesh = make_mesh(config.mesh)
+    abstract = step.abstract_state(config, mesh)
+    batch = to_global(host(small.mixed_batch(0, 8)), mesh)
+    compiled = step.compile_train_step(config, mesh).lower(abstract, batch).compile()
+    (state_in, batch_in), _ = compiled.input_shardings
+    state_out, _ = compiled.output_shardings
+    for shardings in (state_in, state_out):
+        kernel = shardings.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+        assert kernel.spec[-2:] == ("fsdp", "tensor")
+        assert shardings.params["decoder"]["embedding"].spec == ("tensor", "fsdp")
+    assert batch_in.tokens.spec[0] == ("data", "fsdp")
+    text = compiled.as_text()
+    assert "all-reduce" in text or "reduce-scatter" in text
+
+
+def test_accumulated_microbatches_equal_the_big_batch(one_device):
+    _, metrics, _ = run_steps(eight_rows(train__accumulation_steps=4), 2)
+    for ours, theirs in zip(metrics, one_device[1], strict=False):
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+        np.testing.assert_allclose(ours.gradient_norms["encoder"], theirs.gradient_norms["encoder"], rtol=1e-4)
+        for name in ("text", "visual", "within_spread"):
+            np.testing.assert_allclose(ours.sums[name], theirs.sums[name], rtol=1e-4)
+            np.testing.assert_array_equal(ours.counts[name], theirs.counts[name])
+
+
+def test_each_replicate_equals_the_single_run_with_its_seed():
+    _, many, _ = run_steps(eight_rows(train__num_replicates=3), 3)
+    for replicate in range(3):
+        _, single, _ = run_steps(eight_rows(seed=replicate), 3)
+        np.testing.assert_allclose([m.loss[replicate] for m in many], [m.loss for m in single], rtol=1e-5)
+    assert len({float(loss) for loss in many[0].loss}) == 3
+
+
+def test_objectives_share_the_initial_values_of_common_components():
+    states = {}
+    for objective in ("understanding", "semantic_input", "semantic_encoder"):
+        config = eight_rows(objective=objective)
+        states[objective] = step.init_state(config, make_mesh(config.mesh)).params
+    for objective in ("semantic_input", "semantic_encoder"):
+        for name, tree in states["understanding"].items():
+            jax.tree.map(np.testing.assert_array_equal, tree, states[objective][name])
+    other = step.init_state(eight_rows(seed=1), make_mesh(eight_rows().mesh)).params
+    assert not np.array_equal(other["decoder"]["embedding"], states["understanding"]["decoder"]["embedding"])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters():
+    config = eight_rows()
+    mesh = make_mesh(config.mesh)
+    state = step.init_state(config, mesh)
+    poisoned = jax.tree.map(jnp.copy, state.params)
+    poisoned["semantic_head"]["mlp"]["down"]["bias"] = poisoned["semantic_head"]["mlp"]["down"]["bias"] + jnp.nan
+    bad = TrainState(state.step, poisoned, state.ema, state.opt_state, state.skipped, state.consecutive_skips)
+    before = jax.device_get(bad)
+    after, metrics = jax.jit(step.make_train_step(config))(bad, small.mixed_batch(0, 8))
+    assert not metrics.finite
+    assert (int(after.step), int(after.skipped), int(after.consecutive_skips)) == (1, 1, 1)
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), jax.device_get(getattr(after, name)))

@@ -1,0 +1,208 @@
+"""The scene world's folder: what the records and question files hold, the same bytes each time, never half a folder."""
+
+import base64
+import csv
+import io
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines import scene_world
+from data_pipelines.scene_questions import QUESTION_KINDS, make_question
+from data_pipelines.scenes import (
+    BACKGROUND,
+    COLORS,
+    HELD_OUT,
+    LOCATIONS,
+    SHAPES,
+    caption,
+    encode_png,
+    make_scene,
+    render,
+    scene_rng,
+)
+from data_pipelines.writer import read_records
+from unihetero_jax.data.records import ImageSegment, ImageSpec, TextSegment, decode_image
+from unihetero_jax.data.tokenizer import load_tokenizer
+from unihetero_jax.evaluation.benchmarks import read_benchmark
+
+SPEC = ImageSpec(8, 36, 36)
+NUM_SCENES = 120
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = tmp_path_factory.mktemp("worlds") / "easy"
+    scene_world.write_scene_world(path, "easy", NUM_SCENES, SPEC, 512, seed=SEED, items_per_kind=6)
+    return path
+
+
+def stored_records(folder):
+    return read_records(folder, "train") + read_records(folder, "val")
+
+
+def scene_of(record):
+    return make_scene(SEED, "train", "easy", int(record.meta["id"].removeprefix("train-")))
+
+
+def test_world_has_the_parts_of_the_contract(world):
+    assert {p.name for p in world.iterdir()} == {
+        "qa", "generation", "tokenizer", "questions.tsv", "questions_heldout.tsv", "manifest.json",
+    }  # fmt: skip
+    assert [p.name for p in world.parent.iterdir()] == ["easy"]
+    assert load_tokenizer(world / "tokenizer").vocab_size <= 512
+
+
+def test_qa_records_are_an_image_and_independent_turns(world):
+    tokenizer = load_tokenizer(world / "tokenizer")
+    stored = stored_records(world / "qa")
+    assert len(stored) == NUM_SCENES
+    described = 0
+    for record in stored:
+        image, *texts = record.segments
+        scene = scene_of(record)
+        assert isinstance(image, ImageSegment)
+        assert np.array_equal(decode_image(image.data), render(scene, SEED, "train"))
+        assert [t.branch for t in texts] == [branch for branch in range(1, len(texts) // 2 + 1) for _ in range(2)]
+        assert [t.loss for t in texts] == [False, True] * (len(texts) // 2)
+        for prompt, answer in zip(texts[::2], texts[1::2], strict=True):
+            assert answer.text.startswith(" ") and prompt.text == prompt.text.strip()
+            if prompt.text == scene_world.CAPTION_PROMPT:
+                described += 1
+                assert all(f"{item.color} {item.shape}" in answer.text for item in scene.objects)
+            else:
+                assert len(answer.text.split()) <= 2
+                assert len(tokenizer.encode(answer.text)) <= 2
+    assert 0 < described < NUM_SCENES / 3
+
+
+def test_generation_records_are_a_caption_then_its_scene(world):
+    stored = stored_records(world / "generation")
+    assert len(stored) == NUM_SCENES
+    for record in stored:
+        text, image = record.segments
+        assert isinstance(text, TextSegment) and text.branch == 0
+        scene = scene_of(record)
+        assert np.array_equal(decode_image(image.data), render(scene, SEED, "train"))
+        assert all(f"{item.color} {item.shape}" in text.text for item in scene.objects)
+
+
+def test_questions_are_a_benchmark_about_unseen_scenes(world):
+    items = read_benchmark(world / "questions.tsv").items
+    assert Counter(item.category for item in items) == dict.fromkeys(QUESTION_KINDS, 6)
+    with (world / "questions.tsv").open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    columns = "index question hint A B C D answer category image source l2-category comment split"
+    assert list(rows[0]) == columns.split()
+    trained = {render(make_scene(SEED, "train", "easy", n), SEED, "train").tobytes() for n in range(NUM_SCENES)}
+    for row, item in zip(rows, items, strict=True):
+        scene = make_scene(SEED, "test", "easy", int(row["comment"].removeprefix("test-")))
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["image"]))))
+        assert np.array_equal(picture, render(scene, SEED, "test"))
+        assert picture.tobytes() not in trained
+        assert row[row["answer"]] == item.options[item.answer]
+        assert [row[letter] for letter in "ABCD" if row[letter]] == list(item.options)
+
+
+def test_compositional_questions_are_about_heldout_pairs(world):
+    items = read_benchmark(world / "questions_heldout.tsv").items
+    assert Counter(item.category for item in items) == dict.fromkeys(set(QUESTION_KINDS) - {"count"}, 6)
+    for item in items:
+        words = re.findall("[a-z]+", item.question)
+        if item.category in ("color", "shape"):
+            words += [item.options[item.answer]]
+            pair = (next(w for w in words if w in COLORS), next(w for w in words if w in SHAPES))
+            assert pair in HELD_OUT
+        else:
+            assert set(zip(words, words[1:], strict=False)) & HELD_OUT
+
+
+def test_two_worlds_of_a_seed_are_equal_byte_by_byte(world, tmp_path):
+    again = tmp_path / "again"
+    scene_world.write_scene_world(again, "easy", NUM_SCENES, SPEC, 512, seed=SEED, items_per_kind=6)
+    files = sorted(p.relative_to(world) for p in world.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
+    assert all((world / name).read_bytes() == (again / name).read_bytes() for name in files)
+
+
+def test_existing_world_is_kept_and_another_is_refused(world, capsys):
+    before = (world / "manifest.json").stat()
+    scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512)
+    assert capsys.readouterr().out == ""
+    assert (world / "manifest.json").stat() == before
+    with pytest.raises(ValueError, match="holds another scene world .*num_scenes 120 instead of 130"):
+        scene_world.ensure_scene_world(str(world), "easy", 130, SPEC, 512)
+    with pytest.raises(ValueError, match="exists; remove it"):
+        scene_world.write_scene_world(world, "easy", 10, SPEC, 512)
+
+
+def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(scene_world, "write_questions", fail)
+    with pytest.raises(OSError, match="disk full"):
+        scene_world.write_scene_world(tmp_path / "world", "easy", 5, SPEC, 512)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-scenes=0"], "num_scenes 0 must be positive"),
+        (["--num-scenes=5", "--vocab-size=10"], "vocab_size 10 is below"),
+        (["--min-patches=9", "--max-patches=8"], "--min-patches 9, --max-patches 8"),
+        (["--patch-size=0"], "--patch-size: 0 must be positive"),
+    ],
+)
+def test_command_line_refuses_with_exit_code_2(tmp_path, capsys, flags, message):
+    assert scene_world.main([f"--output={tmp_path / 'world'}", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_easy_objects_stand_in_cells_of_their_own():
+    for index in range(200):
+        scene = make_scene(0, "train", "easy", index)
+        picture = render(scene).astype(int)
+        cells = {(int(item.y) // 16, int(item.x) // 16): item for item in scene.objects}
+        assert len(cells) == len(scene.objects)
+        for row, column in np.ndindex(3, 3):
+            window = picture[16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+            item = cells.get((row, column))
+            if item is None:
+                assert (window == BACKGROUND).all()
+            else:
+                assert (window == COLORS[item.color]).all(-1).any()
+    assert np.array_equal(decode_image(encode_png(picture.astype(np.uint8))), picture)
+
+
+@pytest.mark.parametrize("level", ["easy", "hard"])
+def test_captions_name_every_object_and_vary(level):
+    texts = set()
+    for index in range(100):
+        scene = make_scene(0, "train", level, index)
+        text = caption(scene, scene_rng(0, "train", level, index, "caption"))
+        texts.add(text)
+        for item in scene.objects:
+            place = scene.location(item)
+            assert re.search(rf"{item.color} {item.shape} (at|in) the ({place}|middle)\b", text), text
+        assert len(re.findall(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", text)) == len(scene.objects)
+        assert not re.search(r"\ba orange|\ban [^aeiou]", text)
+    assert len(texts) > 90
+
+
+def test_places_of_the_hard_level_are_asked_for_equally_often():
+    """Objects keep away from the border, so that more of them lie in the middle; the questions make up for it."""
+    answers = Counter()
+    for index in range(4000):
+        scene = make_scene(2, "train", "hard", index)
+        question = make_question("location", scene, scene_rng(2, "train", "hard", index, "questions"))
+        if question:
+            answers[question.answer] += 1
+    expected = sum(answers.values()) / 9
+    assert all(abs(answers[place] - expected) < 4.5 * expected**0.5 for place in LOCATIONS), answers
