@@ -32,8 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.num_data_shards = 8
     config.loss.visual_ramp_steps = 600  # text shapes the space before it becomes a target
     config.loss.visual_weight = 0.3  # at 1.0 the same run imagines as well and reads a little worse
-    config.train.num_steps, config.train.global_batch_rows = 2200, 8
-    config.train.log_every_steps, config.train.eval_every_steps = 20, 550
-    config.checkpoint.every_steps = 275
+    config.train.num_steps, config.train.global_batch_rows = 2000, 8
+    config.train.log_every_steps, config.train.eval_every_steps = 20, 500
+    config.checkpoint.every_steps = 250
     config.eval.rollout_source = "generation"
     return config

@@ -61,3 +61,64 @@ def tiny_config():
 @pytest.fixture
 def repo_root() -> Path:
     return ROOT
+
+
+TINY_MODEL = {
+    "model.encoder.num_layers": 1, "model.encoder.dim": 16, "model.encoder.num_heads": 2, "model.encoder.mlp_dim": 32,
+    "model.projector.hidden_dim": 32,
+    "model.decoder.num_layers": 1, "model.decoder.dim": 32, "model.decoder.num_heads": 2,
+    "model.decoder.num_kv_heads": 1, "model.decoder.head_dim": 16, "model.decoder.mlp_dim": 64,
+    "model.decoder.vocab_size": 320, "model.decoder.max_grid": 8,
+    "model.semantic_head.hidden_dim": 32,
+    "train.num_steps": 8, "train.global_batch_rows": 4, "train.log_every_steps": 1, "train.eval_every_steps": 1000,
+    "checkpoint.every_steps": 2, "checkpoint.keep_last": 2,
+    "data.num_data_shards": 4, "data.window_size": 64,
+    "eval.batch_rows": 4, "eval.validation_rows": 4, "eval.rollout_source": "", "eval.benchmarks": {},
+}  # fmt: skip
+"""Overrides that shrink the quickstart to what a test trains in a second. Tests that agree on them share compilation."""
+TINY_SCENES = 200
+
+
+def tiny_overrides(world: Path, **changes: object) -> list[str]:
+    """`--config.` flags for the quickstart on `world`; `changes` use `__` for dots and come last."""
+    paths = {
+        "scene_world.path": world, "scene_world.num_scenes": TINY_SCENES, "data.tokenizer": world / "tokenizer",
+        "data.sources.qa.path": world / "qa", "data.sources.generation.path": world / "generation",
+    }  # fmt: skip
+    fields = paths | TINY_MODEL | {name.replace("__", "."): value for name, value in changes.items()}
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory) -> Path:
+    """A scene world of 200 scenes and a few questions, as the tiny quickstart reads it. Read-only."""
+    from data_pipelines.scene_world import write_scene_world
+    from unihetero_jax.data.records import ImageSpec
+
+    path = tmp_path_factory.mktemp("tiny_world") / "world"
+    vocab_size = TINY_MODEL["model.decoder.vocab_size"]
+    write_scene_world(path, "easy", TINY_SCENES, ImageSpec(8, 36, 36), vocab_size, items_per_kind=3)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(tiny_world):
+    """The function that gives the command line's overrides: `tiny_flags(objective="understanding")`."""
+    return lambda **changes: tiny_overrides(tiny_world, **changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment(tiny_flags):
+    """The function that builds the tiny quickstart's configuration: `tiny_experiment(train__num_steps=3)`."""
+    from unihetero_jax.command_line import parse_config_flags
+
+    return lambda **changes: parse_config_flags(str(ROOT / "experiments" / "quickstart.py"), tiny_flags(**changes))
+
+
+@pytest.fixture(scope="session")
+def program():
+    """Runs commands in processes of their own that may be killed: `program.run(["train", ...], kill_at="...")`."""
+    from tests.fork_server import ForkServer
+
+    with ForkServer(ROOT) as server:
+        yield server

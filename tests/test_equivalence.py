@@ -1,4 +1,4 @@
-"""The same numbers by different roads: packed or alone, cached or whole, one device or eight, one batch or four parts."""
+"""The same numbers by different roads: packed or alone, cached or whole, one device or eight, one batch or parts."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The commands: one raw set with `convert`, the recipe of `make real` on a tiny copy, and where image bytes come from."""
+"""The commands: `convert` for one raw set, `real` on a tiny copy of the raw data; and where image bytes come from."""
 
 import io
 import json
@@ -24,32 +24,18 @@ def png(color="red", size=(8, 6)):
 
 
 RED = ImageSegment(png("red"), 6, 8)
-BLUE = ImageSegment(png("blue", (4, 4)), 4, 4)
 CHOICES = "\nA. 4\nB. 0\nC. 5\nD. 2\nAnswer with the option's letter from the given choices directly."
 
 
-def read_picture(name):
-    found = {"red.png": RED.data, "blue.png": BLUE.data, "empty.png": b"", "wrong.png": b"no picture"}
-    if name not in found:
-        raise RecordError("missing_image", name)
-    return found[name]
-
-
-def entry(*turns, image: object = "red.png"):
+def entry(*turns, image="red.png"):
     roles = ("human", "gpt")
     talk = [{"from": roles[number % 2], "value": value} for number, value in enumerate(turns)]
-    return {"id": "7", "conversations": talk} | ({"image": image} if image is not None else {})
-
-
-def parse(sample, **options):
-    return parse_entry(sample, read_picture, LlavaOptions("set", **options), "x.json[0]")
-
-
-# ---------------------------------------------------------------- LLaVA
+    return {"id": "7", "image": image, "conversations": talk}
 
 
 def test_llava_image_mark_behind_the_options_is_kept():
-    record = parse(entry("How many?" + CHOICES + "\n<image>", "C"), choices="text")
+    sample = entry("How many?" + CHOICES + "\n<image>", "C")
+    record = parse_entry(sample, lambda _: RED.data, LlavaOptions("set", choices="text"), "x.json[0]")
     assert record.segments == (RED, TextSegment("How many?", False, 1), TextSegment(" 5", True, 1))
 
 

@@ -134,7 +134,7 @@ def oracle(question: str, scene: Scene) -> str:
         rows, columns = ("top", "", "bottom"), ("left", "", "right")
         row = rows[sum(item.y >= scene.image_size * share for share in (1 / 3, 2 / 3))]
         column = columns[sum(item.x >= scene.image_size * share for share in (1 / 3, 2 / 3))]
-        return f"{row} {column}".strip() or "center"
+        return f"{row} {column or 'middle'}" if row else column or "center"
     if question == "How many objects are there?":
         return str(len(objects))
     if match := re.fullmatch(r"How many (\w+)( objects)? are there\?", question):

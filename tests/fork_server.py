@@ -1,0 +1,134 @@
+"""Runs the program in processes that may be killed, without paying its imports each time.
+
+A server process imports everything once and forks for each command; a child starts its own jax backend. This file is
+both sides: `ForkServer` in the tests, `main` in the server.
+"""
+
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """How a command ended: its exit code (negative: the signal that killed it), what it printed, and how long it ran."""
+
+    code: int
+    output: str
+    seconds: float
+
+
+class ForkServer:
+    """A context manager; `run` gives one command to the server and waits for it."""
+
+    def __init__(self, root: Path):
+        self._root = root
+
+    def __enter__(self) -> "ForkServer":
+        environment = {**os.environ, "PYTHONPATH": str(self._root)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            cwd=self._root, env=environment,
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(timeout=60)
+
+    def run(
+        self,
+        arguments: list[str],
+        kill_at: str = "",
+        signal_at: tuple[int, int] | None = None,
+        kill_after_s: float | None = None,
+    ) -> Finished:
+        """Runs `python -m unihetero_jax <arguments>`.
+
+        Args:
+            arguments: of the command.
+            kill_at: a point of `checkpoint._kill_point`, `<point>:<step>`.
+            signal_at: (signal, step): the process gets this signal once the step is done.
+            kill_after_s: kill -9 after so many seconds, whatever it does then.
+        """
+        request = {"arguments": arguments, "kill_at": kill_at, "signal_at": signal_at, "kill_after_s": kill_after_s}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the server of processes ended; its error is above"
+        return Finished(**json.loads(answer))
+
+
+def main() -> None:
+    """Serves requests from standard input, one JSON object per line, until it is closed."""
+    sys.modules["torch"] = None  # the program needs none, and tensorboardX would spend seconds on importing it
+    import tensorboardX  # noqa: F401
+
+    from unihetero_jax import cli
+
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        request = json.loads(line)
+        with tempfile.TemporaryFile() as output:
+            start = time.monotonic()
+            pid = os.fork()
+            if pid == 0:
+                _child(cli, request, output.fileno())
+            code = _wait(pid, request["kill_after_s"])
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+        answers.write(json.dumps({"code": code, "output": text, "seconds": time.monotonic() - start}) + "\n")
+        answers.flush()
+
+
+def _child(cli, request, output: int) -> None:
+    code = 70
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ["UNIHETERO_KILL_AT"] = request["kill_at"]
+        if request["signal_at"]:
+            number, at_step = request["signal_at"]
+            train = cli.train
+
+            def train_and_signal(config, workdir, evaluate):
+                def send(step, state):
+                    if step == at_step:
+                        os.kill(os.getpid(), number)
+
+                return train(config, workdir, hooks=[send], evaluate=evaluate)
+
+            cli.train = train_and_signal
+        code = cli.main(request["arguments"])
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(pid: int, kill_after_s: float | None) -> int:
+    if kill_after_s is not None:
+        descriptor = os.pidfd_open(pid)
+        ended = select.select([descriptor], [], [], kill_after_s)[0]
+        os.close(descriptor)
+        if not ended:
+            os.kill(pid, signal.SIGKILL)  # not reaped yet, so the id is still its own
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+if __name__ == "__main__":
+    main()

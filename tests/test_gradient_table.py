@@ -1,0 +1,69 @@
+"""The start-up proof holds for every objective, and catches a loss graph that is not what it says."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from conftest import make_tiny_config
+
+from unihetero_jax import gradient_table, step
+from unihetero_jax.arrays import LossOutput
+
+
+@pytest.mark.parametrize("objective", ["understanding", "semantic_input", "semantic_encoder"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"loss__cut_input_gradient": True}, {"optimizer__frozen": ("encoder",), "loss__target": "stop_gradient"}],
+)
+def test_the_table_holds(tmp_path, objective, changes):
+    config = make_tiny_config(objective=objective, **changes)
+    norms = gradient_table.prove(config, step.loss_terms, tmp_path, report=lambda _: None)
+    assert norms["text"]["decoder"] > 0
+    assert (norms["text"]["encoder"] > 0) == ("encoder" not in config.optimizer.frozen)
+    if objective != "understanding":
+        assert norms["visual"]["semantic_head"] > 0
+        assert (norms["visual"]["projector"] > 0) == (not config.loss.cut_input_gradient)
+
+
+def test_a_proof_is_kept_for_its_configuration_only(tmp_path):
+    config = make_tiny_config()
+    gradient_table.prove(config, step.loss_terms, tmp_path, report=lambda _: None)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(1)
+        return step.loss_terms(*arguments)
+
+    gradient_table.prove(config, counted, tmp_path, report=lambda _: None)
+    assert not calls
+    gradient_table.prove(dataclasses.replace(config, seed=1), counted, tmp_path, report=lambda _: None)
+    assert calls
+    assert json.loads((tmp_path / gradient_table.FILE_NAME).read_text())["norms"]["visual"]["decoder"] > 0
+
+
+def leaking(config, params, ema, batch, weight, denominators):
+    """A frozen encoder that trains all the same."""
+    thawed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, frozen=()))
+    return step.loss_terms(thawed, params, ema, batch, weight, denominators)
+
+
+def deaf(config, params, ema, batch, weight, denominators):
+    """A visual loss that reaches nothing."""
+    losses = step.loss_terms(config, params, ema, batch, weight, denominators)
+    return LossOutput(
+        losses.loss, losses.sums | {"visual": jax.lax.stop_gradient(losses.sums["visual"])}, losses.counts
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "changes", "message"),
+    [
+        (leaking, {"optimizer__frozen": ("encoder",), "loss__target": "stop_gradient"}, "text loss in encoder.*zero"),
+        (deaf, {}, "visual loss in semantic_head.*non-zero"),
+    ],
+)
+def test_an_injected_fault_stops_the_run(tmp_path, fault, changes, message):
+    with pytest.raises(ValueError, match=message):
+        gradient_table.prove(make_tiny_config(**changes), fault, tmp_path, report=lambda _: None)
+    assert not (tmp_path / gradient_table.FILE_NAME).exists()

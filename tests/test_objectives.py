@@ -1,0 +1,137 @@
+"""Every loss against a few lines of numpy, on literal arrays."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from conftest import make_tiny_config
+
+from unihetero_jax.objectives import (
+    compute_loss,
+    count_targets,
+    embedding_distance,
+    text_log_probs,
+    visual_weight,
+    within_image_spread,
+)
+
+
+def loss_config(**changes):
+    return dataclasses.replace(make_tiny_config().loss, **changes)
+
+
+def log_softmax(x):
+    shifted = x - x.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 100])
+def test_text_log_probs(chunk):
+    rng = np.random.default_rng(0)
+    hidden, table = rng.standard_normal((2, 10, 8)), rng.standard_normal((7, 8))
+    tokens = rng.integers(0, 7, (2, 10))
+    expected = np.zeros((2, 10))
+    logits = log_softmax(hidden @ table.T)
+    for row in range(2):
+        for t in range(1, 10):
+            expected[row, t] = logits[row, t - 1, tokens[row, t]]
+    got = text_log_probs(jnp.float32(hidden), jnp.float32(table), jnp.int32(tokens), chunk)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def numpy_distance(kind, norm, p, z):
+    if norm == "l2":
+        p, z = p / np.linalg.norm(p), z / np.linalg.norm(z)
+    if norm == "layer_norm":
+        z = (z - z.mean()) / np.sqrt(z.var() + 1e-6)
+    if kind == "cosine":
+        return 1 - p @ z / np.linalg.norm(p) / np.linalg.norm(z)
+    if kind == "mse":
+        return ((p - z) ** 2).mean()
+    return np.mean([0.5 * d * d if abs(d) < 1 else abs(d) - 0.5 for d in p - z])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "mse", "smooth_l1"])
+@pytest.mark.parametrize("norm", ["none", "l2", "layer_norm"])
+def test_embedding_distance(kind, norm):
+    rng = np.random.default_rng(1)
+    predicted, target = 3 * rng.standard_normal((5, 6)), 2 * rng.standard_normal((5, 6)) + 1
+    got = embedding_distance(
+        jnp.float32(predicted), jnp.float32(target), loss_config(visual_loss=kind, target_norm=norm)
+    )
+    expected = [numpy_distance(kind, norm, p, z) for p, z in zip(predicted, target, strict=True)]
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_within_image_spread_is_one_minus_the_mean_cosine_of_pairs():
+    rng = np.random.default_rng(2)
+    embeddings = rng.standard_normal((1, 7, 5)).astype(np.float32) + 1
+    images = [1, 1, 1, 2, 2, 3, 0]  # the third has one token only, so no pair; the last is padding
+    spreads = []
+    for image in (1, 2):
+        z = [embeddings[0, i] / np.linalg.norm(embeddings[0, i]) for i in range(7) if images[i] == image]
+        spreads.append(1 - np.mean([a @ b for i, a in enumerate(z) for j, b in enumerate(z) if i != j]))
+    total, count = within_image_spread(jnp.asarray(embeddings), jnp.repeat(jnp.array([images]), 4, axis=1))
+    assert count == 2
+    np.testing.assert_allclose(total, sum(spreads), rtol=1e-5)
+
+
+def test_a_collapsed_image_has_no_spread_however_different_the_images_are():
+    embeddings = jnp.repeat(jnp.eye(4)[None], 3, axis=1)  # four images of three equal tokens each
+    total, count = within_image_spread(embeddings, jnp.repeat(jnp.array([[1, 2, 3, 4]]), 12, axis=1))
+    assert count == 4
+    np.testing.assert_allclose(total, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["semantic_input", "semantic_encoder"])
+def test_total_terms_and_baselines(objective):
+    config = make_tiny_config(objective=objective)
+    batch = small.batch_of(
+        [[small.drawing(np.random.default_rng(i), (2, 2)), small.reading(np.random.default_rng(9))] for i in (1, 2)]
+    )
+    output = small.forward(objective)(small.params_of(objective), batch)
+    weight = jnp.float32(0.25)
+    losses = compute_loss(config, output, batch, output.vision, weight, count_targets(batch))
+    z = np.asarray(output.vision.merged if objective == "semantic_encoder" else output.vision.visual_embeddings)
+    predicted, tokens = np.asarray(output.predicted_embeddings), np.asarray(batch.tokens)
+    logits = log_softmax(np.asarray(output.hidden) @ np.asarray(output.unembedding).T)
+    targets = [z[b, batch.visual_index[b, t]] for b, t in np.argwhere(np.asarray(batch.visual_loss_mask))]
+    mean = np.mean(targets, axis=0)
+    text, visual, copied, from_mean = [], [], [], []
+    for b, t in np.argwhere(np.asarray(batch.text_loss_mask)):
+        text.append(-logits[b, t - 1, tokens[b, t]])
+    for b, t in np.argwhere(np.asarray(batch.visual_loss_mask)):
+        target = z[b, batch.visual_index[b, t]]
+        visual.append(numpy_distance("cosine", "none", predicted[b, t - 1], target))
+        from_mean.append(numpy_distance("cosine", "none", mean, target))
+        if batch.visual_mask[b, t - 1]:
+            copied.append(numpy_distance("cosine", "none", z[b, batch.visual_index[b, t - 1]], target))
+    expected = {"text": text, "visual": visual, "visual_copy_previous": copied, "visual_mean_embedding": from_mean}
+    for name, values in expected.items():
+        np.testing.assert_allclose(losses.sums[name], np.sum(values), rtol=1e-4)
+        assert losses.counts[name] == len(values)
+    assert len(visual) == 2 * 4 and len(copied) == 2 * 3  # N tokens give N terms; the first has nothing to copy
+    np.testing.assert_allclose(losses.loss, np.mean(text) + 0.25 * np.mean(visual), rtol=1e-5)
+
+
+def test_text_loss_by_source_adds_up():
+    base = make_tiny_config()
+    two = dict.fromkeys(("a", "b"), base.data.sources["only"])
+    config = dataclasses.replace(base, data=dataclasses.replace(base.data, sources=two))
+    batch = small.mixed_batch(0, 2)
+    batch = dataclasses.replace(batch, source_ids=jnp.where(batch.segment_ids == 3, 1, 0))
+    output = small.forward()(small.params_of(), batch)
+    losses = compute_loss(config, output, batch, output.vision, jnp.float32(0.0), count_targets(batch))
+    np.testing.assert_allclose(losses.sums["text_by_source"].sum(), losses.sums["text"], rtol=1e-5)
+    mask = np.asarray(batch.text_loss_mask)
+    second = np.asarray(batch.segment_ids) == 3
+    assert losses.counts["text_by_source"].tolist() == [(mask & ~second).sum(), (mask & second).sum()]
+
+
+def test_lambda_ramps_linearly_and_then_stays():
+    config = loss_config(visual_weight=1.0, visual_weight_start=0.2, visual_ramp_steps=4)
+    weights = [float(visual_weight(config, jnp.int32(s))) for s in (0, 1, 2, 4, 100)]
+    np.testing.assert_allclose(weights, [0.2, 0.4, 0.6, 1.0, 1.0], rtol=1e-6)
+    assert float(visual_weight(loss_config(visual_ramp_steps=0), jnp.int32(0))) == 1.0
