@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.scene_questions import make_questions
+from data_pipelines.scene_questions import Question, make_questions
 from data_pipelines.scene_world import CAPTION_PROMPT
-from data_pipelines.scenes import caption, encode_png, make_scene, render, scene_rng
+from data_pipelines.scenes import Level, caption, encode_png, make_scene, render, scene_rng
 from experiments import quickstart
 from unihetero_jax.checkpoint import Checkpointer
 from unihetero_jax.cli import load_run, make_log_probs, run_training
@@ -28,6 +28,7 @@ from unihetero_jax.config import Config, from_config_dict
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import Item
 from unihetero_jax.evaluation.multiple_choice import score_items
+from unihetero_jax.evaluation.scoring import OptionScores
 from unihetero_jax.evaluation.sheet import SheetEntry, SheetQuestion, draw_sheet
 from unihetero_jax.inference.generate import Prompt, generate_text
 from unihetero_jax.model.unihetero import Params
@@ -95,7 +96,7 @@ def run_demo(config: Config, workdir: Path) -> dict[str, Any]:
 def draw_scenes(config: Config, params: Params, path: Path) -> None:
     """Captions four new scenes, answers questions about them, and writes the sheet."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    level = config.scene_world.level
+    level: Level = "hard" if config.scene_world.level == "hard" else "easy"
     scenes = [make_scene(0, "test", level, index) for index in SHEET_SCENES]
     pictures = [render(scene, 0, "test") for scene in scenes]
     files = [encode_png(picture) for picture in pictures]
@@ -119,10 +120,14 @@ def draw_scenes(config: Config, params: Params, path: Path) -> None:
     for scene, picture, text, asked, rng in zip(scenes, pictures, captions, questions, rngs, strict=True):
         print(f"caption: {text}")
         answered = tuple(
-            SheetQuestion(question.text, question.options[next(scores).by_sum], question.answer) for question in asked
+            SheetQuestion(question.text, _chosen(question, next(scores)), question.answer) for question in asked
         )
         entries.append(SheetEntry(picture, text, caption(scene, rng), answered))
     draw_sheet(entries, path)
+
+
+def _chosen(question: Question, scores: OptionScores) -> str:
+    return "(no answer)" if scores.by_sum is None else question.options[scores.by_sum]
 
 
 def export(workdir: Path, folder: Path) -> None:

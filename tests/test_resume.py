@@ -27,10 +27,10 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def trace_of(workdir):
-    """What a step computed, in file order: everything that does not tell the time."""
+def trace_of(workdir, name=METRICS_NAME):
+    """What each step computed, in file order: everything that does not tell the time."""
     kept = ("step", "loss", "batch_hash", "terms", "gradient_norm", "learning_rate", "totals")
-    return [{name: line[name] for name in kept} for line in lines_of(workdir / METRICS_NAME)]
+    return [{name: line[name] for name in kept} for line in lines_of(workdir / name)]
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,11 @@ def test_three_kills_change_nothing(train, unbroken, tmp_path):
     assert finished.code == 0, finished.output
     assert "going on from the checkpoint of step 6" in finished.output
     assert trace_of(tmp_path) == unbroken
-    replaced = [line["step"] for line in lines_of(tmp_path / REPLACED_NAME)]
-    assert replaced[:3] == [1, 2, 3] and set(replaced[3:]) <= {4, 7, 8}, replaced
+    replaced = trace_of(tmp_path, REPLACED_NAME)
+    steps = [line["step"] for line in replaced]
+    # A run goes on while its save is under way, so how far it came beyond a saved step is a matter of speed.
+    assert steps[:4] == [1, 2, 3, 4] and steps.count(3) == 1 and set(steps[4:]) <= {5, 6, 7, 8}, steps
+    assert all(line == unbroken[line["step"] - 1] for line in replaced)
     assert not (tmp_path / "lock.json").exists()
     assert not [path.name for path in (tmp_path / "checkpoints").iterdir() if not path.name.isdigit()
                 and path.name != "completed.json"]  # fmt: skip

@@ -30,6 +30,7 @@ from unihetero_jax.sharding import activation_mesh, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
 from unihetero_jax.train import Interrupted, train
+from unihetero_jax.workdir import prepare_workdir
 
 EXIT_BAD_INPUT = 2
 """Exit code when the message says what to change; an interrupted run exits with 128 + the signal's number."""
@@ -113,6 +114,7 @@ def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 def run_training(config: Config, workdir: str) -> TrainState:
     """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
+    prepare_workdir(workdir)  # before minutes go into a scene world
     world = config.scene_world
     if world.level != "none":
         vocab_size = config.model.decoder.vocab_size

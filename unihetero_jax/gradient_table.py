@@ -109,7 +109,7 @@ def _perturbed_params(config: Config) -> dict[str, Any]:
     )
 
 
-def find_faults(config: Config, norms: Mapping[str, Mapping[str, float]]) -> list[str]:
+def find_faults(config: Config, norms: Mapping[Any, Mapping[str, float]]) -> list[str]:
     """Every cell of the table that is not as declared."""
     faults = []
     for loss, by_component in norms.items():

@@ -84,7 +84,7 @@ def _scale_components(config: OptimizerConfig) -> optax.GradientTransformation:
         "semantic_head": config.semantic_head_lr,
     }
 
-    def update(updates: Tree, params: Any = None) -> Tree:
+    def update(updates: Any, params: Any = None) -> Any:
         return {name: jax.tree.map(lambda u, s=scales[name]: u * s, tree) for name, tree in updates.items()}
 
     return optax.stateless(update)

@@ -7,7 +7,7 @@ decides what they mean on a mesh.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first data x fsdp x tensor x context devices, with Auto axis types.
 
     `jax.make_mesh` defaults to Explicit axes, under which an embedding lookup is refused; so the types are named.

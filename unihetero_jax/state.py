@@ -75,7 +75,8 @@ def state_shardings(config: Config, abstract: TrainState, axes: dict[str, Any], 
         transform_non_params=lambda _: scalar,
     )
     averaged = {name: params[name] for name in abstract.ema}
-    return TrainState(scalar, params, averaged, moments, scalar, scalar)
+    shardings: Any = (scalar, params, averaged, moments, scalar, scalar)
+    return TrainState(*shardings)
 
 
 def update_ema(ema: dict[str, Any], params: dict[str, Any], decay: float) -> dict[str, Any]:

@@ -302,7 +302,7 @@ class _Reporter:
             },
             "visual_weight": float(np.mean(metrics.visual_weight)),
             "gradient_norm": metrics.gradient_norms,
-            "learning_rate": float(self._schedule(done - 1)),
+            "learning_rate": float(np.asarray(self._schedule(done - 1))),
             "skipped_steps": metrics.skipped,
             "totals": dict(self._totals),
             **speed,

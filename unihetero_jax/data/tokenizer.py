@@ -40,8 +40,16 @@ class Tokenizer:
         self.hash = content_hash
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text: no special token is added, and none can come from the text."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Ids of a text: no special token is added, and none can come from the text.
+
+        Raises:
+            UnicodeEncodeError: the text holds half a surrogate pair, which no encoding can store.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            text.encode("utf-8")  # says which character and where
+            raise
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special ids are left out. Bytes that are no UTF-8 become U+FFFD."""

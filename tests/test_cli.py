@@ -1,0 +1,230 @@
+"""The commands as a user meets them: what they say, what they return, and that no mistake ends in a traceback."""
+
+import io
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from unihetero_jax.checkpoint import list_steps
+from unihetero_jax.cli import main
+from unihetero_jax.metrics import read_metrics
+from unihetero_jax.workdir import RunLock
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that has to fail as the user's mistake: exit code 2, one message, no traceback."""
+
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's own way out
+            code = stop.code
+        printed = capsys.readouterr()
+        assert code == 2, printed.out + printed.err
+        assert "Traceback" not in printed.err and "error: " in printed.err
+        return printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return "--config=experiments/quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def trained(program, tiny_flags, tmp_path_factory):
+    """(workdir, output) of `train` for a single step, in a process of its own, on a scene world that is missing."""
+    folder = tmp_path_factory.mktemp("cli")
+    world = folder / "made" / "world"
+    changes = {
+        "train__num_steps": 1, "scene_world__path": world, "scene_world__num_scenes": 40,
+        "data__tokenizer": world / "tokenizer", "data__sources__qa__path": world / "qa",
+        "data__sources__generation__path": world / "generation",
+    }  # fmt: skip
+    workdir = folder / "runs" / "first"
+    finished = program.run([
+        "train", "--config=experiments/quickstart.py", f"--workdir={workdir}", *tiny_flags(**changes)
+    ])  # fmt: skip
+    assert finished.code == 0, finished.output
+    return workdir, finished.output
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(repo_root, monkeypatch):
+    monkeypatch.chdir(repo_root)
+
+
+def test_one_step_makes_a_world_a_checkpoint_and_a_validation(trained):
+    workdir, output = trained
+    assert "world is missing: generating 40 easy scenes" in output
+    assert "gradient table of objective semantic_input" in output and "semantic_head" in output
+    assert "Total:" in output, "the overview of parameters"
+    assert list_steps(workdir) == [1]
+    (line,) = read_metrics(workdir)
+    assert line["step"] == 1 and line["validation"].keys() == {"qa", "generation"}
+    assert not list((workdir.parent.parent / "made").glob("*.partial*"))
+
+
+def test_evaluate_writes_results_and_prints_them(trained, tiny_world, capsys):
+    workdir, _ = trained
+    assert main(["evaluate", f"--workdir={workdir}", f"--benchmarks={tiny_world / 'questions.tsv'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "question type" in printed and "overall" in printed and "existence" in printed
+    result = json.loads((workdir / "eval" / "questions-1.json").read_text())
+    assert result["step"] == 1 and result["overall"]["num_items"] == 18 and len(result["items"]) == 18
+    assert {"prompt_template", "scorer", "data_hash", "config_hash"} <= result.keys()
+    assert 0 <= result["overall"]["accuracy"] <= 1
+
+
+def test_generate_with_an_image(trained, tmp_path, capsys):
+    workdir, _ = trained
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 48), "red").save(buffer, "PNG")
+    (tmp_path / "red.png").write_bytes(buffer.getvalue())
+    command = ["generate", f"--workdir={workdir}", f"--image={tmp_path / 'red.png'}", "--prompt=Describe the scene."]
+    printed = []
+    for _ in range(2):
+        assert main([*command, "--max-new-tokens=4"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].endswith("\n"), "greedy, so always the same"
+
+
+def test_generate_refuses_bad_input(trained, tmp_path, refused):
+    workdir, _ = trained
+    run = f"--workdir={workdir}"
+    assert "nowhere.png: no such file" in refused("generate", run, "--image=nowhere.png", "--prompt=a")
+    (tmp_path / "page.png").write_bytes(b"<html>")
+    assert "not_an_image" in refused("generate", run, f"--image={tmp_path / 'page.png'}", "--prompt=a")
+    (tmp_path / "empty.png").write_bytes(b"")
+    refused("generate", run, f"--image={tmp_path / 'empty.png'}", "--prompt=a")
+    assert "nothing to continue" in refused("generate", run, "--prompt= ")
+    assert "max_new_tokens 0" in refused("generate", run, "--prompt=a", "--max-new-tokens=0")
+    assert "--top-p" in refused("generate", run, "--prompt=a", "--top-p=much")
+    refused("generate", run, "--prompt=\udcff broken")
+    assert "replicates 0 to 0" in refused("generate", run, "--prompt=a", "--replicate=1")
+    assert "no complete checkpoint of step 7; there are [1]" in refused("generate", run, "--prompt=a", "--step=7")
+
+
+def test_evaluate_refuses_bad_input(trained, tmp_path, refused):
+    workdir, _ = trained
+    run = f"--workdir={workdir}"
+    assert "unknown benchmark 'scene'" in refused("evaluate", run, "--benchmarks=scene")
+    assert "gone.tsv" in refused("evaluate", run, "--benchmarks=gone.tsv")
+    (tmp_path / "bad.tsv").write_text("no\tcolumns\n1\t2\n")
+    assert "bad.tsv" in refused("evaluate", run, f"--benchmarks={tmp_path / 'bad.tsv'}")
+    message = refused("evaluate", run, "--config.eval.batch_row=3")
+    assert "eval.batch_row: unknown field; did you mean eval.batch_rows?" in message
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("generate", "--prompt=a")])
+def test_a_folder_without_a_run_is_named(command, tmp_path, refused):
+    for path in (tmp_path, tmp_path / "missing"):
+        assert f"{path}: no run here" in refused(*command, f"--workdir={path}")
+
+
+def test_unknown_commands_and_flags(experiment, refused):
+    assert "trian" in refused("trian")
+    assert "train|evaluate|generate" in refused()
+    assert "--workdir" in refused("train", experiment)
+    message = refused("train", experiment, "--workdir=w", "--confg.seed=1", "--wrkdir=x", "stray")
+    assert "--confg.seed: unknown flag" in message and "--wrkdir: unknown flag; did you mean --workdir?" in message
+    assert "'stray': unexpected argument" in message
+    assert not os.path.exists("w")
+
+
+def test_config_files_are_checked(tmp_path, refused):
+    message = refused("train", "--config=experiments/quikstart.py", f"--workdir={tmp_path}")
+    assert "no file experiments/quikstart.py; did you mean experiments/quickstart.py?" in message
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    assert "broken.py" in refused("train", f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path}")
+    assert "takes no argument" in refused("train", "--config=experiments/quickstart.py:x", f"--workdir={tmp_path}")
+
+
+def test_fields_are_checked_all_at_once(experiment, tmp_path, refused):
+    message = refused(
+        "train", experiment, f"--workdir={tmp_path / 'w'}", "--config.train.num_stepz=5", "--config.modle.x=1",
+        "--config.train.log_every_steps=often", "--config.objective=semantic_inputs", "--config.seed=1.5",
+        "--config.optimizer.frozen=encoder,decodr",
+    )  # fmt: skip
+    for expected in (
+        "train.num_stepz: unknown field; did you mean train.num_steps?",
+        "modle.x: unknown field; did you mean model.x?",
+        "train.log_every_steps: expected int, got 'often' (str)",
+        "objective: 'semantic_inputs' is none of",
+        "seed: expected int, got 1.5 (float)",
+        "optimizer.frozen[1]: 'decodr' is none of",
+    ):
+        assert expected in message, message
+    assert not (tmp_path / "w").exists(), "nothing is made before the configuration holds"
+
+
+def test_all_invalid_combinations_are_listed(experiment, tmp_path, refused):
+    message = refused(
+        "train", experiment, f"--workdir={tmp_path / 'w'}", "--config.model.encoder.num_heads=5",
+        "--config.train.num_steps=0", "--config.data.row_patches=7", "--config.data.sources.qa.weight=0",
+        "--config.mesh.context=2", "--config.loss.target_norm=l2", "--config.train.accumulation_steps=3",
+    )  # fmt: skip
+    for field in (
+        "model.encoder.num_heads 5", "train.num_steps 0", "data.row_patches 7", "data.sources.qa.weight 0.0",
+        "mesh.context 2", "loss.target_norm", "train.accumulation_steps",
+    ):  # fmt: skip
+        assert field in message, message
+    assert message.count("\n  - ") >= 7
+
+
+def test_missing_data_is_named(experiment, tmp_path, tiny_flags, refused):
+    flags = tiny_flags(scene_world__level="none", data__sources__qa__path=tmp_path / "nowhere")
+    message = refused("train", experiment, f"--workdir={tmp_path / 'w'}", *flags)
+    assert f"data.sources.qa.path: folder {tmp_path / 'nowhere'} does not exist" in message
+    flags = tiny_flags(data__tokenizer=tmp_path / "no-tokenizer")
+    assert "data.tokenizer: " in refused("train", experiment, f"--workdir={tmp_path / 'w'}", *flags)
+    assert "another scene world" in refused(
+        "train", experiment, f"--workdir={tmp_path / 'w'}", *tiny_flags(scene_world__num_scenes=7)
+    )
+    assert "vocab_size 128" in refused(
+        "train", experiment, f"--workdir={tmp_path / 'w'}", *tiny_flags(model__decoder__vocab_size=128)
+    )
+
+
+def test_a_workdir_in_use_is_refused(experiment, tmp_path, tiny_flags, refused):
+    with RunLock(tmp_path):
+        message = refused("train", experiment, f"--workdir={tmp_path}", *tiny_flags())
+    assert "in use by another run" in message and f"pid {os.getpid()}" in message
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_at_once(experiment, tmp_path, tiny_flags, refused):
+    """Before the scene world is made, which takes a minute for the quickstart."""
+    (tmp_path / "file").write_text("")
+    world = tmp_path / "world"
+    flags = tiny_flags(scene_world__path=world)
+    assert "cannot write there" in refused("train", experiment, f"--workdir={tmp_path / 'file' / 'run'}", *flags)
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o555)
+        assert "cannot write there" in refused("train", experiment, f"--workdir={tmp_path / 'locked'}", *flags)
+    assert not world.exists()
+
+
+def test_a_checkpoint_of_another_config_is_refused(trained, experiment, tiny_flags, refused):
+    workdir, _ = trained
+    stored = json.loads((workdir / "config.json").read_text())
+    before = sorted(str(path) for path in workdir.rglob("*") if path.name != "gradient_table.json")
+    message = refused(
+        "train", experiment, f"--workdir={workdir}",
+        *tiny_flags(
+            data__sources__qa__path=stored["data"]["sources"]["qa"]["path"],
+            data__sources__generation__path=stored["data"]["sources"]["generation"]["path"],
+            data__tokenizer=stored["data"]["tokenizer"],
+            scene_world__path=stored["scene_world"]["path"], scene_world__num_scenes=40,
+            data__seed=3, loss__ema_decay=0.5, train__num_steps=2,
+        ),
+    )  # fmt: skip
+    assert "was written with another config" in message
+    assert "data.seed: 0 -> 3" in message and "loss.ema_decay: 0.99 -> 0.5" in message
+    assert message.count("\n  - ") == 2, "num_steps may change"
+    assert sorted(str(path) for path in workdir.rglob("*") if path.name != "gradient_table.json") == before
+    assert json.loads((workdir / "config.json").read_text()) == stored
