@@ -18,7 +18,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """How a command ended: its exit code (negative: the signal that killed it), what it printed, and how long it ran."""
+    """How a command ended: its exit code (negative: the signal that killed it), what it printed, how long it ran."""
 
     code: int
     output: str

@@ -138,7 +138,7 @@ def test_unknown_commands_and_flags(experiment, refused):
 
 def test_config_files_are_checked(tmp_path, refused):
     message = refused("train", "--config=experiments/quikstart.py", f"--workdir={tmp_path}")
-    assert "no file experiments/quikstart.py; did you mean experiments/quickstart.py?" in message
+    assert "no file experiments/quikstart.py; did you mean experiments/quickstart.py" in message
     (tmp_path / "broken.py").write_text("def get_config(:\n")
     assert "broken.py" in refused("train", f"--config={tmp_path / 'broken.py'}", f"--workdir={tmp_path}")
     assert "takes no argument" in refused("train", "--config=experiments/quickstart.py:x", f"--workdir={tmp_path}")

@@ -141,8 +141,8 @@ def test_compiled_step_has_the_shardings_of_the_rules():
     state_out, _ = compiled.output_shardings
     for shardings in (state_in, state_out):
         kernel = shardings.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
-        assert kernel.spec[-2:] == ("fsdp", "tensor")
-        assert shardings.params["decoder"]["embedding"].spec == ("tensor", "fsdp")
+        assert tuple(kernel.spec)[-2:] == ("fsdp", "tensor")
+        assert tuple(shardings.params["decoder"]["embedding"].spec) == ("tensor", "fsdp")
     assert batch_in.tokens.spec[0] == ("data", "fsdp")
     text = compiled.as_text()
     assert "all-reduce" in text or "reduce-scatter" in text
@@ -159,11 +159,11 @@ def test_accumulated_microbatches_equal_the_big_batch(one_device):
 
 
 def test_each_replicate_equals_the_single_run_with_its_seed():
-    _, many, _ = run_steps(eight_rows(train__num_replicates=3), 3)
-    for replicate in range(3):
+    _, many, _ = run_steps(eight_rows(train__num_replicates=2), 3)
+    for replicate in range(2):
         _, single, _ = run_steps(eight_rows(seed=replicate), 3)
         np.testing.assert_allclose([m.loss[replicate] for m in many], [m.loss for m in single], rtol=1e-5)
-    assert len({float(loss) for loss in many[0].loss}) == 3
+    assert many[0].loss[0] != many[0].loss[1]
 
 
 def test_objectives_share_the_initial_values_of_common_components():

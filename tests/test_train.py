@@ -38,7 +38,7 @@ def usual(tiny_experiment, tmp_path_factory):
 
 
 def test_the_files_of_a_run(usual):
-    config, workdir, lines = usual
+    _, workdir, lines = usual
     assert json.loads((workdir / "config.json").read_text())["train"]["num_steps"] == 8
     assert list_steps(workdir) == [6, 8] and not (workdir / "lock.json").exists()
     assert list((workdir / "tensorboard").iterdir()) and not (workdir / SKIPPED_BATCHES).exists()

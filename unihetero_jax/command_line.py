@@ -155,13 +155,14 @@ def _split_argument(argv_config: str) -> tuple[str, str]:
 def _near_files(path: Path) -> str:
     """A hint: the files beside the missing one, or else the experiments."""
     folder = path.parent if path.parent.is_dir() else Path("experiments")
-    files = sorted(str(file) for file in folder.glob("*.py") if file.name != "__init__.py")
-    if not files:
+    names = sorted(file.name for file in folder.glob("*.py") if file.name != "__init__.py")
+    if not names:
         return f"; {folder} holds no experiment"
-    if str(path) + ".py" in files:
-        return f"; did you mean {path}.py?"
-    close = difflib.get_close_matches(str(folder / path.name), files, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else f"; there are {', '.join(files)}"
+    if path.name + ".py" in names:
+        return f"; did you mean {folder / path.name}.py?"
+    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+    files = [str(folder / name) for name in close or names]
+    return f"; did you mean {' or '.join(files)}?" if close else f"; there are {', '.join(files)}"
 
 
 def _load_module(path: Path) -> types.ModuleType:
