@@ -75,7 +75,7 @@ TINY_MODEL = {
     "data.num_data_shards": 4, "data.window_size": 64,
     "eval.batch_rows": 4, "eval.validation_rows": 4, "eval.rollout_source": "", "eval.benchmarks": {},
 }  # fmt: skip
-"""Overrides that shrink the quickstart to what a test trains in a second; tests that agree on them share compilation."""
+"""Overrides that shrink the quickstart to what a test trains in a second; tests that agree share compilation."""
 TINY_SCENES = 200
 
 
