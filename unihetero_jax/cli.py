@@ -29,7 +29,7 @@ from unihetero_jax.objectives import text_log_probs
 from unihetero_jax.sharding import activation_mesh, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
-from unihetero_jax.train import Interrupted, train
+from unihetero_jax.train import Hook, Interrupted, train
 from unihetero_jax.workdir import prepare_workdir
 
 EXIT_BAD_INPUT = 2
@@ -112,14 +112,14 @@ def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
     print(generate_text(config, params, tokenizer, prompts, flags.max_new_tokens, sampling, flags.seed)[0])
 
 
-def run_training(config: Config, workdir: str) -> TrainState:
+def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = ()) -> TrainState:
     """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
     prepare_workdir(workdir)  # before minutes go into a scene world
     world = config.scene_world
     if world.level != "none":
         vocab_size = config.model.decoder.vocab_size
         ensure_scene_world(world.path, world.level, world.num_scenes, image_spec(config), vocab_size)
-    return train(config, workdir, evaluate=functools.partial(evaluate_state, config, workdir))
+    return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir))
 
 
 def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""The trained checkpoint in the repository works as it is, and a fresh run follows its curve."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.scene_world import CAPTION_PROMPT
+from data_pipelines.scenes import COLORS, LOCATIONS, SHAPES, encode_png, make_scene, render
+from experiments import quickstart
+from unihetero_jax.cli import load_run, make_log_probs, run_training
+from unihetero_jax.config import from_config_dict
+from unihetero_jax.data.tokenizer import load_tokenizer
+from unihetero_jax.evaluation.benchmarks import read_benchmark
+from unihetero_jax.evaluation.multiple_choice import score_items
+from unihetero_jax.evaluation.scoring import summarize
+from unihetero_jax.inference.generate import Prompt, generate_text
+
+REFERENCE = Path("reference/demo")
+BAND = 0.15
+"""Relative band around the reference curve; two machines differ by rounding, which 60 steps hardly amplify."""
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parent.parent)  # the reference names its files from there
+
+
+def test_the_reference_answers_and_describes():
+    config, _, params = load_run(str(REFERENCE), -1, 0)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    items = read_benchmark(config.eval.benchmarks["scenes"]).items
+    chosen = [item for item in items if item.category in ("color", "shape", "count")][::6]
+    scores = score_items(chosen, tokenizer, config, make_log_probs(config, params))
+    assert summarize(chosen, scores)["accuracy"] > 0.7  # chance is .25
+    scene = make_scene(0, "test", "easy", 900_002)
+    picture = encode_png(render(scene, 0, "test"))
+    caption = generate_text(config, params, tokenizer, [Prompt(CAPTION_PROMPT, picture)])[0]
+    named = [any(word in caption for word in words) for words in (COLORS, SHAPES, LOCATIONS)]
+    assert all(named), caption
+
+
+@pytest.mark.slow
+def test_a_fresh_run_follows_the_reference_curve(tmp_path):
+    class Enough(Exception):
+        pass
+
+    def stop(done, _):
+        if done > 60:
+            raise Enough
+
+    lines = [json.loads(line) for line in (REFERENCE / "metrics.jsonl").read_text().splitlines()]
+    reference = {line["step"]: line["terms"] for line in lines}
+    config = from_config_dict(quickstart.get_config())
+    with pytest.raises(Enough):
+        run_training(config, os.fspath(tmp_path / "run"), hooks=[stop])
+    fresh = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in fresh] == [20, 40, 60]
+    for line in fresh:
+        for name in ("text", "visual"):
+            expected = reference[line["step"]][name]["mean"]
+            assert abs(line["terms"][name]["mean"] - expected) < BAND * expected, (line["step"], name)
