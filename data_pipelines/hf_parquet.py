@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.writer import Dropped
@@ -55,7 +56,7 @@ def read_parquet(paths: Sequence[Path], options: ParquetOptions) -> Iterator[Rec
     """Records of parquet files, in their order.
 
     Raises:
-        ValueError: a file is no parquet file or lacks a column.
+        ValueError: a file is no parquet file, lacks a column, or is damaged further on.
     """
     wanted = [name for name in (options.image_column, options.caption_column, options.label_column) if name]
     for path in paths:
@@ -68,11 +69,20 @@ def read_parquet(paths: Sequence[Path], options: ParquetOptions) -> Iterator[Rec
             if missing := [name for name in wanted if name not in columns]:
                 raise ValueError(f"{path}: no column {missing[0]!r}; the file has {', '.join(columns)}")
             names = _label_names(file.schema_arrow.metadata, options.label_column)
-            number = 0
-            for batch in file.iter_batches(BATCH_ROWS, columns=wanted):
-                for row in batch.to_pylist():
-                    yield parse_row(row, options, f"{path.name}[{number}]", names)
-                    number += 1
+            for number, row in enumerate(_rows(file, path, wanted)):
+                yield parse_row(row, options, f"{path.name}[{number}]", names)
+
+
+def _rows(file: pq.ParquetFile, path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        for batch in file.iter_batches(BATCH_ROWS, columns=list(columns)):
+            rows = batch.to_pylist()
+            yield from rows
+            number += len(rows)
+    except (OSError, ValueError, pa.ArrowException) as error:  # a page that cannot be unpacked, text that is no UTF-8
+        detail = " ".join(str(error).split())  # pyarrow's messages have several lines
+        raise ValueError(f"{path}: damaged after row {number}: {detail}; fetch the file again") from error
 
 
 def parse_row(
@@ -88,7 +98,7 @@ def parse_row(
         return Dropped(error.reason, f"{where}: {error}")
     meta: dict[str, str | int | float] = {"id": path or where}
     if options.task == "generation":
-        return Record(options.source, "image", (TextSegment(caption, True), image), meta)
+        return Record(options.source, "image", (TextSegment(caption, True), image), meta, where)
     turns = []
     if label:
         choice = hashlib.blake2b(data, digest_size=4).digest()
@@ -99,7 +109,7 @@ def parse_row(
     for branch, (question, answer) in enumerate(turns, start=1):
         segments.append(TextSegment(format_prompt(question), False, branch))
         segments.append(TextSegment(format_answer(answer), True, branch))
-    return Record(options.source, "vqa" if label else "caption", tuple(segments), meta)
+    return Record(options.source, "vqa" if label else "caption", tuple(segments), meta, where)
 
 
 def _image_bytes(value: Any) -> tuple[bytes, str]:

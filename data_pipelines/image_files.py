@@ -4,7 +4,10 @@ Names come from files that others wrote, so none may lead outside the folder, an
 claims to be larger than any image that we would decode.
 """
 
+import lzma
+import struct
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
@@ -12,6 +15,11 @@ from unihetero_jax.data.records import RecordError
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """Larger files are refused unread (our choice: an uncompressed image of the largest accepted size fits)."""
+DAMAGED_ZIP = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+    OSError, EOFError, RuntimeError, NotImplementedError, ValueError,
+)  # fmt: skip
+"""What `zipfile` and the decoders behind it raise for damaged, encrypted or unknown content."""
 
 
 class ImageFiles:
@@ -34,7 +42,7 @@ class ImageFiles:
             raise ValueError(f"{field}: {self.root} does not exist; give the folder or zip file with the images")
         try:
             self._archive = zipfile.ZipFile(self.root)
-        except (zipfile.BadZipFile, OSError) as error:
+        except DAMAGED_ZIP as error:
             raise ValueError(f"{field}: {self.root} is neither a folder nor a readable zip file ({error})") from error
 
     def __enter__(self) -> "ImageFiles":
@@ -50,7 +58,8 @@ class ImageFiles:
         """Bytes of an image.
 
         Raises:
-            RecordError: `unsafe_path`, `missing_image`, `image_file_too_large` or `damaged_archive`.
+            RecordError: `unsafe_path`, `missing_image`, `unreadable_image`, `image_file_too_large` or
+                `damaged_archive`.
         """
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
@@ -59,12 +68,15 @@ class ImageFiles:
 
     def _read_file(self, name: str) -> bytes:
         path = self.root / name
-        if not path.is_file():
-            raise RecordError("missing_image", f"{path} does not exist")
-        if not path.resolve().is_relative_to(self.root.resolve()):
-            raise RecordError("unsafe_path", f"image {name!r} is a link that leads outside {self.root}")
-        _check_size(name, path.stat().st_size)
-        return path.read_bytes()
+        try:
+            if not path.is_file():
+                raise RecordError("missing_image", f"{path} does not exist")
+            if not path.resolve().is_relative_to(self.root.resolve()):
+                raise RecordError("unsafe_path", f"image {name!r} is a link that leads outside {self.root}")
+            _check_size(name, path.stat().st_size)
+            return path.read_bytes()
+        except OSError as error:  # no permission, a name longer than the file system allows, a failing disk
+            raise RecordError("unreadable_image", f"{path}: {error.strerror or error}") from error
 
     def _read_member(self, archive: zipfile.ZipFile, name: str) -> bytes:
         try:
@@ -74,7 +86,7 @@ class ImageFiles:
         _check_size(name, member.file_size)
         try:
             return archive.read(member)  # stops at file_size, whatever the compressed stream would still give
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
+        except DAMAGED_ZIP as error:
             raise RecordError("damaged_archive", f"{self.root}, member {name}: {error}") from error
 
 

@@ -19,6 +19,7 @@ PLACEHOLDER = "<image>"
 Turn = tuple[str, str]
 """A question and its answer."""
 
+_MARK_LINE = re.compile(rf"^{PLACEHOLDER}\n", re.MULTILINE)
 _OPTION = re.compile(r"^([A-Z])[.)] ?(.*)$")
 _INSTRUCTION = re.compile(r"^answer with the option's letter", re.IGNORECASE)
 
@@ -66,6 +67,9 @@ def parse_entry(entry: Any, read_image: Callable[[str], bytes], options: LlavaOp
 
     The image of a conversation goes before its text wherever `<image>` stands, as in LLaVA itself. Several images stay
     in their places, which only a dialogue can hold.
+
+    A leading message from `system` goes before the first question, as a paragraph of its own: where it says how to
+    answer, the answer makes no sense without it. Turns that are independent of the first do not see it.
     """
     try:
         names = _image_names(entry)
@@ -85,7 +89,7 @@ def parse_entry(entry: Any, read_image: Callable[[str], bytes], options: LlavaOp
     except RecordError as error:
         return Dropped(error.reason, f"{where}: {error}")
     meta: dict[str, str | int | float] = {"id": str(entry.get("id", where))}
-    return Record(options.source, "vqa" if names else "text", tuple(segments), meta)
+    return Record(options.source, "vqa" if names else "text", tuple(segments), meta, where)
 
 
 def _image_names(entry: Any) -> list[str]:
@@ -102,13 +106,18 @@ def _turns(entry: Mapping[str, Any], num_images: int) -> list[Turn]:
     messages = entry.get("conversations")
     if not isinstance(messages, list) or not messages:
         raise RecordError("empty_conversation")
+    has_system = isinstance(messages[0], dict) and messages[0].get("from") == "system"
     for number, message in enumerate(messages):
-        role = "gpt" if number % 2 else "human"
+        role = "system" if has_system and not number else "gpt" if (number - has_system) % 2 else "human"
         if not isinstance(message, dict) or message.get("from") != role or not isinstance(message.get("value"), str):
             raise RecordError("bad_conversation", f"message {number} must be a text from {role}: {message!r:.80}")
-    if len(messages) % 2:
+    if len(messages) == has_system:
+        raise RecordError("empty_conversation", "a system message alone")
+    if (len(messages) - has_system) % 2:
         raise RecordError("bad_conversation", "the last question has no answer")
     values = [message["value"] for message in messages]
+    if has_system:
+        values = [f"{values[0].strip()}\n{values[1]}".lstrip("\n"), *values[2:]]
     marks = [value.count(PLACEHOLDER) for value in values]
     if sum(marks[1:]) or marks[0] != num_images:
         detail = f"{num_images} images, {marks[0]} marks in the first message, {sum(marks[1:])} later"
@@ -120,7 +129,8 @@ def _turns(entry: Mapping[str, Any], num_images: int) -> list[Turn]:
 
 
 def _reworded(turn: Turn, options: LlavaOptions) -> Turn:
-    question, answer = turn[0].replace(PLACEHOLDER, "").strip(), turn[1].strip()
+    question = _MARK_LINE.sub("", turn[0]).replace(PLACEHOLDER, "").strip()
+    answer = turn[1].strip()
     for old, new in options.replacements.items():
         question = question.replace(old, new)
     if options.choices == "letter":

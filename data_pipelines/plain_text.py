@@ -38,7 +38,7 @@ def parse_document(text: str, source: str, where: str) -> Record | Dropped:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         return Dropped("invalid_text", f"{where}: {error}")
-    return Record(source, "text", (TextSegment(text, True),), {"id": where})
+    return Record(source, "text", (TextSegment(text, True),), {"id": where}, where)
 
 
 def split_documents(text: str, max_chars: int) -> Iterator[str]:

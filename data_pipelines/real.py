@@ -7,6 +7,7 @@ Finished parts are skipped, so the command can be repeated; a part that was stop
 
 import argparse
 import csv
+import dataclasses
 import hashlib
 import os
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from data_pipelines.convert import Samples, texts_of
 from data_pipelines.hf_parquet import ParquetOptions, read_parquet
+from data_pipelines.image_files import DAMAGED_ZIP
 from data_pipelines.llava import LlavaOptions, read_llava
 from data_pipelines.plain_text import read_text
 from data_pipelines.writer import Dropped, check_prepared, write_prepared
@@ -27,8 +29,8 @@ VOCAB_SIZE = 2048
 """Enough that every word of the questions and answers is one token; the output layer of a small model stays cheap."""
 SPEC = ImageSpec(patch_size=8, min_patches=64, max_patches=144)
 """CIFAR-10 (32 x 32) becomes 64 x 64, 16 visual tokens; NLVR (400 x 100) becomes 192 x 48, 36 visual tokens."""
-TEXT_CHARS = 600
-"""Characters per text document: about 200 tokens, half a row of `experiments/real_small.py`."""
+TEXT_CHARS = 150
+"""Characters per text document: it fits the 88 tokens of a row of `experiments/real_small.py`."""
 STATED = "Is the following statement true or false?"
 STATED_IN_BENCHMARK = "Is the following statement about the image true?"
 TSV = "evalmini/MMBench_DEVMINI.tsv"
@@ -70,9 +72,10 @@ def _nlvr_images(data: Path, split: str) -> Samples:
         image, statement, truth = sample.segments
         assert isinstance(statement, TextSegment) and isinstance(truth, TextSegment)
         if truth.text.strip() == "true":
-            yield Record(sample.source, "image", (TextSegment(statement.text.strip(), True), image), sample.meta)
+            segments = (TextSegment(statement.text.strip(), True), image)
+            yield dataclasses.replace(sample, kind="image", segments=segments)
         else:
-            yield Dropped("false_statement", str(sample.meta["id"]))
+            yield Dropped("false_statement", sample.where)
 
 
 def _photos(data: Path, split: str) -> Samples:
@@ -101,9 +104,17 @@ PARTS: Mapping[str, tuple[str, Callable[[Path, str], Samples]]] = {
 
 
 def evaluation_images(data: Path) -> set[bytes]:
-    """Digests of the bytes of every benchmark picture."""
-    with zipfile.ZipFile(data / "evalmini/images_DEVMINI.zip") as archive:
-        return {_digest(archive.read(name)) for name in archive.namelist() if not name.endswith("/")}
+    """Digests of the bytes of every benchmark picture.
+
+    Raises:
+        ValueError: the archive is damaged; without it no one could say which pictures must not be trained on.
+    """
+    path = data / "evalmini/images_DEVMINI.zip"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {_digest(archive.read(name)) for name in archive.namelist() if not name.endswith("/")}
+    except DAMAGED_ZIP as error:
+        raise ValueError(f"{path}: no readable zip file ({error}); fetch it again") from error
 
 
 def without_images(samples: Samples, digests: set[bytes]) -> Iterator[Record | Dropped]:
@@ -112,7 +123,7 @@ def without_images(samples: Samples, digests: set[bytes]) -> Iterator[Record | D
         if isinstance(sample, Record) and any(
             isinstance(segment, ImageSegment) and _digest(segment.data) in digests for segment in sample.segments
         ):
-            yield Dropped("in_evaluation", str(sample.meta.get("id", "")))
+            yield Dropped("in_evaluation", sample.where)
         else:
             yield sample
 
@@ -168,9 +179,9 @@ def prepare(data: Path, output: Path) -> None:
     in_evaluation = evaluation_images(data)
     for name, (folder, read) in PARTS.items():
         settings = {
-            "version": VERSION, "tokenizer": tokenizer.hash, "text_chars": TEXT_CHARS,
+            "version": VERSION, "tokenizer": tokenizer.hash,
             "patches": [SPEC.patch_size, SPEC.min_patches, SPEC.max_patches], "raw": _raw_sizes(data, folder),
-        }  # fmt: skip
+        } | ({"text_chars": TEXT_CHARS} if name == "text" else {})  # fmt: skip
         folder_fault = check_prepared(output / name, settings)
         if not folder_fault:
             print(f"{output / name}: finished earlier", flush=True)

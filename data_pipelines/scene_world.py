@@ -1,4 +1,4 @@
-"""Writes a scene world: training records, tokenizer, and question files of unseen scenes.
+"""Writes a scene world: training and validation records, tokenizer, and question files, each of scenes of their own.
 
 python -m data_pipelines.scene_world --output=data/scenes-easy --level=easy --num-scenes=40000
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from data_pipelines.scene_questions import QUESTION_KINDS, Question, make_question, make_questions
 from data_pipelines.scenes import IMAGE_SIZE, Level, Scene, Split, caption, encode_png, make_scene, render, scene_rng
 from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
-from data_pipelines.writer import new_folder, write_prepared
+from data_pipelines.writer import FolderExists, new_folder, write_prepared
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment, format_answer, format_prompt
 from unihetero_jax.data.tokenizer import train_tokenizer
 
@@ -29,8 +29,10 @@ TSV_COLUMNS: tuple[str, ...] = (
     "index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category", "comment",
     "split",
 )  # fmt: skip
-VAL_SHARE = 0.02
-VERSION = 4
+MIN_VAL_SCENES = 200
+"""However small the world: rollout retrieval alone needs 64 pictures to choose from."""
+VAL_PER_TRAIN = 0.02
+VERSION = 5
 
 
 def qa_record(seed: int, split: Split, level: Level, index: int) -> Record:
@@ -66,6 +68,11 @@ def _image(scene: Scene, seed: int, split: Split) -> ImageSegment:
 @functools.lru_cache(maxsize=50_000)  # both kinds of record hold the same pictures; some 60 MB
 def _picture(scene: Scene, seed: int, split: Split) -> bytes:
     return encode_png(render(scene, seed, split))
+
+
+def num_val_scenes(num_scenes: int) -> int:
+    """Validation scenes that come with so many training scenes."""
+    return max(MIN_VAL_SCENES, round(num_scenes * VAL_PER_TRAIN))
 
 
 def question_items(
@@ -118,8 +125,11 @@ def write_scene_world(
 ) -> None:
     """Writes the whole folder under another name and renames it at the end, so a folder that exists is complete.
 
+    Both sources hold the same scenes, one as questions and one as captions. Validation scenes therefore have indices of
+    their own: a share of each source's records would hold pictures that the other source trains on.
+
     Raises:
-        ValueError: `num_scenes` is not positive, the level is unknown, or the folder exists and is something else.
+        ValueError: `num_scenes` is not positive, the level is unknown, or the folder exists (`FolderExists`).
     """
     output = Path(path)
     if num_scenes < 1 or level not in IMAGE_SIZE:
@@ -129,9 +139,10 @@ def write_scene_world(
                  for s in make(seed, "train", level, i).segments if isinstance(s, TextSegment))  # fmt: skip
         tokenizer = train_tokenizer(texts, vocab_size, partial / "tokenizer")
         for name, make in (("qa", qa_record), ("generation", generation_record)):
-            records = (make(seed, "train", level, i) for i in range(num_scenes))
-            write_prepared(records, partial / name, source=f"scenes_{name}", tokenizer=tokenizer, spec=spec,
-                           licence="generated", val_share=VAL_SHARE)  # fmt: skip
+            train = (make(seed, "train", level, i) for i in range(num_scenes))
+            val = (make(seed, "val", level, i) for i in range(num_val_scenes(num_scenes)))
+            write_prepared(train, partial / name, source=f"scenes_{name}", tokenizer=tokenizer, spec=spec,
+                           licence="generated", val_samples=val)  # fmt: skip
         write_questions(partial / "questions.tsv", seed, "test", level, items_per_kind)
         write_questions(partial / "questions_heldout.tsv", seed, "heldout", level, items_per_kind)
         settings = {"version": VERSION, "level": level, "num_scenes": num_scenes, "seed": seed}
@@ -139,19 +150,31 @@ def write_scene_world(
     _picture.cache_clear()
 
 
-def ensure_scene_world(path: str, level: Level, num_scenes: int, spec: ImageSpec, vocab_size: int) -> None:
+def ensure_scene_world(
+    path: str, level: Level, num_scenes: int, spec: ImageSpec, vocab_size: int, seed: int = 0
+) -> None:
     """Makes the scene world unless it is there; says so, since it takes a while.
 
     Raises:
-        ValueError: another world is there.
+        ValueError: another world is there, or its manifest.json cannot be read.
     """
     manifest = Path(path) / "manifest.json"
     if not manifest.exists():
         print(f"scene world {path} is missing: generating {num_scenes} {level} scenes", flush=True)
-        write_scene_world(path, level, num_scenes, spec, vocab_size)
-        return
-    settings = json.loads(manifest.read_text())
-    wanted = {"version": VERSION, "level": level, "num_scenes": num_scenes}
+        try:
+            write_scene_world(path, level, num_scenes, spec, vocab_size, seed)
+            return
+        except FolderExists:
+            if not manifest.exists():
+                raise
+            print(f"scene world {path}: another process finished it first; its world is used", flush=True)
+    try:
+        settings = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{manifest} cannot be read ({error}); remove {path} to make it anew") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{manifest} holds a {type(settings).__name__}, no object; remove {path} to make it anew")
+    wanted = {"version": VERSION, "level": level, "num_scenes": num_scenes, "seed": seed}
     other = {key: value for key, value in wanted.items() if settings.get(key) != value}
     different = ", ".join(f"{key} {settings.get(key)!r} instead of {value!r}" for key, value in other.items())
     if different:

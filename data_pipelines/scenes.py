@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 Level = Literal["easy", "hard"]
-Split = Literal["train", "test", "heldout"]
+Split = Literal["train", "val", "test", "heldout"]
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (220, 50, 50), "green": (60, 180, 75), "blue": (60, 100, 230), "yellow": (240, 220, 60),
@@ -37,8 +37,8 @@ HELD_OUT = frozenset({
 BACKGROUND = (48, 48, 52)
 IMAGE_SIZE: dict[Level, int] = {"easy": 48, "hard": 64}
 MAX_OBJECTS: dict[Level, int] = {"easy": 4, "hard": 8}
-FIRST_INDEX: dict[Split, int] = {"train": 0, "test": 1_000_000_000, "heldout": 2_000_000_000}
-"""Where each split's indices begin, so that no test scene is ever a training scene."""
+FIRST_INDEX: dict[Split, int] = {"train": 0, "test": 1_000_000_000, "heldout": 2_000_000_000, "val": 3_000_000_000}
+"""Where each split's indices begin, so that no scene of one is ever a scene of another."""
 REPEATED_SHARE = 0.3
 """Chance that a further object repeats an earlier one's colour or shape: without it, counts above one are rare."""
 

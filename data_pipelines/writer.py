@@ -10,6 +10,7 @@ Holds one set in memory, so it suits sets of up to some gigabytes on one machine
 import collections
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
@@ -64,6 +65,10 @@ class _Drops:
         return ", ".join(parts) or "none"
 
 
+class FolderExists(ValueError):
+    """The folder to make is there already, from the start or because another process finished it meanwhile."""
+
+
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """Gives a folder to write into that becomes `output` at the end, at once: a folder that exists is complete.
@@ -71,10 +76,10 @@ def new_folder(output: Path) -> Iterator[Path]:
     What a killed preparation left under another name is removed first.
 
     Raises:
-        ValueError: `output` exists.
+        FolderExists: `output` exists; what was written is discarded.
     """
     if output.exists():
-        raise ValueError(f"{output} exists; remove it, or name another folder")
+        raise FolderExists(f"{output} exists; remove it, or name another folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f"{output.name}.partial-*"):
         if not _runs(left.name.rpartition("-")[2]):
@@ -84,10 +89,20 @@ def new_folder(output: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        os.replace(partial, output)
+        _put_in_place(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    try:
+        os.replace(partial, output)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        message = f"{output} was made by another process meanwhile; use it, or name another folder"
+        raise FolderExists(message) from error
 
 
 def _runs(pid: str) -> bool:
@@ -130,12 +145,12 @@ def write_prepared(
         settings: kept in the manifest, to see later how the folder was made.
 
     Raises:
-        ValueError: no record was left, the folder exists, or `val_share` is no share.
+        ValueError: no record was left, the folder exists (`FolderExists`), or `val_share` is no share.
     """
     if not 0 <= val_share <= 1:
         raise ValueError(f"--val-share: {val_share} must lie in [0, 1]")
     if output.exists():  # before the work, not after it
-        raise ValueError(f"{output} exists; remove it, or name another folder")
+        raise FolderExists(f"{output} exists; remove it, or name another folder")
     drops = _Drops()
     by_split: dict[str, list[_Entry]] = {name: [] for name in SPLITS}
     # A set asks the same questions again and again: their lengths are looked up, not computed.
@@ -173,16 +188,33 @@ def write_prepared(
 def check_prepared(path: Path, settings: Mapping[str, Any] | None = None) -> str:
     """Why a prepared folder cannot be used as it is: missing, made with other settings, damaged. Empty: it can."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        files, made_with = manifest["files"].items(), manifest["settings"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{path} is missing or has no readable manifest.json"
-    if settings is not None and made_with != dict(settings):
+        manifest = _read_manifest(path)
+    except ValueError as error:
+        return str(error)
+    if settings is not None and manifest["settings"] != dict(settings):
         return f"{path} was made from other data or with other settings"
-    for name, expected in files:
+    for name, expected in manifest["files"].items():
         if not (path / name).is_file() or _describe(path / name) != expected:
             return f"{path / name} is missing or damaged"
     return ""
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Raises:
+        ValueError: there is none, or it is none that the writer made.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is missing or has no readable manifest.json ({error})") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} has no readable manifest.json (it holds a {type(manifest).__name__}, no object)")
+    for field in ("files", "settings"):
+        if not isinstance(manifest.get(field), dict):
+            raise ValueError(f"{path} has no readable manifest.json (its {field} is {manifest.get(field)!r:.60})")
+    return manifest
 
 
 def build_index(path: Path, tokenizer: Tokenizer, spec: ImageSpec) -> str:
@@ -193,7 +225,7 @@ def build_index(path: Path, tokenizer: Tokenizer, spec: ImageSpec) -> str:
     """
     if fault := check_prepared(path):
         raise ValueError(f"{fault}; it is no prepared folder, or its preparation did not finish: prepare it again")
-    files = json.loads((path / "manifest.json").read_text())["files"]
+    files = _read_manifest(path)["files"]
     key = records.index_key(tokenizer.hash, spec)
     (path / "index").mkdir(exist_ok=True)
     encode = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode)
@@ -207,8 +239,12 @@ def build_index(path: Path, tokenizer: Tokenizer, spec: ImageSpec) -> str:
 
 
 def read_records(path: Path, split: str) -> list[Record]:
-    """All records of a split, in stored order."""
-    files = json.loads((path / "manifest.json").read_text())["files"]
+    """All records of a split, in stored order.
+
+    Raises:
+        ValueError: the folder has no readable manifest.
+    """
+    files = _read_manifest(path)["files"]
     shards = [os.fspath(path / name) for name in sorted(files) if name.startswith(f"{split}-")]
     return [records.deserialize(data) for data in _read_all(shards)]
 
@@ -234,7 +270,8 @@ def _kept(
 
 def _checked(record: Record, encode: Encode, spec: ImageSpec, number: int) -> tuple[bytes, IndexRow] | Dropped:
     """The record's bytes and index row, or why it cannot be stored. Every image is decoded whole once, here."""
-    where = str(record.meta.get("id", f"sample {number}"))
+    names = dict.fromkeys(name for name in (record.where, str(record.meta.get("id", ""))) if name)
+    where = ", id ".join(names) or f"{record.source}, sample {number}"
     try:
         if not record.segments:
             raise RecordError("empty_record", "no segment")

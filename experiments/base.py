@@ -56,7 +56,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "ema_decay": 0.99,
                 "cut_input_gradient": False,
                 "visual_loss_on": "generated",  # teacher-forced loss on images read first is optimistic (the leak)
-                "text_chunk": 1024,
+                "text_chunk": 128,
             },
             "optimizer": {
                 "learning_rate": 1e-3,
@@ -105,7 +105,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "eval": {
                 "benchmarks": {},
                 "batch_rows": 16,
-                "validation_rows": 64,
+                "validation_rows": 0,  # every item
                 "rollout_source": "",
                 "rollout_candidates": 64,
             },

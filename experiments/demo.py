@@ -37,6 +37,8 @@ from unihetero_jax.train import Interrupted
 SHEET_SCENES = range(900_000, 900_004)
 """Indices of the test split that no question file reaches."""
 QUESTIONS_PER_SCENE = 4
+WALL_CLOCK = "wall_clock_s"
+"""File in the workdir that adds up the seconds of a demo that was interrupted and started again."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,28 +71,46 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_demo(config: Config, workdir: Path) -> dict[str, Any]:
     """Trains, evaluates and draws one objective; returns what summary.json holds."""
-    start = time.monotonic()
-    state = run_training(config, os.fspath(workdir))
+    start = time.monotonic() - _earlier_seconds(workdir)
+    try:
+        state = run_training(config, os.fspath(workdir))
+    finally:
+        (workdir / WALL_CLOCK).write_text(f"{time.monotonic() - start:.1f}\n")
     draw_scenes(config, state.params, workdir / "sheet.png")
-    questions = json.loads((workdir / "eval" / f"scenes-{config.train.num_steps}.json").read_text())
-    heldout = json.loads((workdir / "eval" / f"scenes_heldout-{config.train.num_steps}.json").read_text())
-    rollout = workdir / "eval" / f"rollout-{config.train.num_steps}.json"
-    summary = {
-        "objective": config.objective,
-        "accuracy": {"overall": questions["overall"]["accuracy"],
-                     **{kind: row["accuracy"] for kind, row in questions["by_category"].items()}},
-        "accuracy_heldout": {"overall": heldout["overall"]["accuracy"],
-                             **{kind: row["accuracy"] for kind, row in heldout["by_category"].items()}},
-        "rollout": json.loads(rollout.read_text()) if rollout.exists() else None,
-        "wall_s": round(time.monotonic() - start, 1),
-        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-    }  # fmt: skip
+    summary = summarise(config, workdir, time.monotonic() - start)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(
         f"{summary['wall_s']:.0f} s, {summary['peak_rss_gib']:.2f} GiB; "
         f"see {workdir / 'sheet.png'} and {workdir / 'summary.json'}"
     )
     return summary
+
+
+def summarise(config: Config, workdir: Path, wall_s: float) -> dict[str, Any]:
+    """What summary.json holds, from the result files of the last step."""
+
+    def result(name: str) -> dict[str, Any]:
+        return json.loads((workdir / "eval" / f"{name}-{config.train.num_steps}.json").read_text())
+
+    def accuracy(name: str) -> dict[str, float]:
+        found = result(name)
+        rows = {"overall": found["overall"], **found["by_category"]}
+        return {kind: row["accuracy"] for kind, row in rows.items()}
+
+    return {
+        "objective": config.objective,
+        "accuracy": accuracy("scenes"),
+        "accuracy_heldout": accuracy("scenes_heldout"),
+        "rollout": None if config.objective == "understanding" else result("rollout"),
+        "wall_s": round(wall_s, 1),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
+    }
+
+
+def _earlier_seconds(workdir: Path) -> float:
+    """What earlier legs of an interrupted demo took."""
+    path = workdir / WALL_CLOCK
+    return float(path.read_text()) if path.exists() else 0.0
 
 
 def draw_scenes(config: Config, params: Params, path: Path) -> None:
@@ -134,7 +154,8 @@ def export(workdir: Path, folder: Path) -> None:
     """Writes what `evaluate` and `generate` need, without optimizer state, and the run's metric curve."""
     if folder.exists():
         raise ValueError(f"--export {folder} exists; remove it, or name another folder")
-    config, step, params = load_run(os.fspath(workdir), -1, 0)
+    run = load_run(os.fspath(workdir), -1, 0)
+    config, step = run.config, run.step
     world = Path(config.scene_world.path)
     folder.mkdir(parents=True)
     shutil.copytree(world / "tokenizer", folder / "tokenizer")
@@ -146,8 +167,8 @@ def export(workdir: Path, folder: Path) -> None:
         data=dataclasses.replace(config.data, tokenizer=os.fspath(folder / "tokenizer")),
         eval=dataclasses.replace(config.eval, benchmarks={"scenes": os.fspath(folder / "questions.tsv")}),
     )
-    checkpointer = Checkpointer(folder, moved)
-    checkpointer.save(step, {"step": step, "params": params}, {}, wait=True)
+    checkpointer = Checkpointer(folder, moved, {"tokenizer": run.tokenizer.hash})
+    checkpointer.save(step, {"step": step, "params": run.params}, {}, wait=True)
     checkpointer.close()
 
 

@@ -29,7 +29,7 @@ TINY = {
     "model.projector.hidden_dim": 32,
     "model.decoder.num_layers": 2, "model.decoder.dim": 32, "model.decoder.num_heads": 4,
     "model.decoder.num_kv_heads": 2, "model.decoder.head_dim": 8, "model.decoder.mlp_dim": 64,
-    "model.decoder.vocab_size": 64, "model.decoder.max_grid": 8,
+    "model.decoder.vocab_size": 64, "model.decoder.max_grid": 16,
     "model.semantic_head.hidden_dim": 32,
     "data.sources": {"only": {"path": "nowhere", "weight": 1.0, "augment": "none"}},
     "data.row_tokens": 32, "data.row_patches": 32, "data.image_min_patches": 4, "data.image_max_patches": 16,
@@ -68,11 +68,11 @@ TINY_MODEL = {
     "model.projector.hidden_dim": 32,
     "model.decoder.num_layers": 1, "model.decoder.dim": 32, "model.decoder.num_heads": 2,
     "model.decoder.num_kv_heads": 1, "model.decoder.head_dim": 16, "model.decoder.mlp_dim": 64,
-    "model.decoder.vocab_size": 320, "model.decoder.max_grid": 8,
+    "model.decoder.vocab_size": 320, "model.decoder.max_grid": 16,
     "model.semantic_head.hidden_dim": 32,
     "train.num_steps": 8, "train.global_batch_rows": 4, "train.log_every_steps": 1, "train.eval_every_steps": 1000,
     "checkpoint.every_steps": 2, "checkpoint.keep_last": 2,
-    "data.num_data_shards": 4, "data.window_size": 64,
+    "data.row_tokens": 192, "data.row_patches": 144, "data.num_data_shards": 4, "data.window_size": 64,
     "eval.batch_rows": 4, "eval.validation_rows": 4, "eval.rollout_source": "", "eval.benchmarks": {},
 }  # fmt: skip
 """Overrides that shrink the quickstart to what a test trains in a second; tests that agree share compilation."""

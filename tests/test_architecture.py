@@ -21,22 +21,23 @@ LAYERS: list[set[str]] = [
     {
         "state", "metrics", "integrity", "data.sources", "data.transforms", "data.packing", "inference.sampling",
         "model.layers", "model.attention", "model.vision_encoder", "model.semantic_encoder", "model.decoder",
-        "model.semantic_head",
+        "model.semantic_head", "text_loss",
     },
     {"model.unihetero", "objectives", "data.mixture", "checkpoint"},
-    {"inference", "hf_weights", "step", "gradient_table"},
+    {"inference", "hf_weights", "step", "gradient_table", "reporting"},
     {"train", "evaluation", "scaling", "report"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 27
-MAX_CLOSURE_LINES = 5900
+MAX_CLOSURE_MODULES = 29
+MAX_CLOSURE_LINES = 6300
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
-Above the design's guide of 22 and 4,500: the step, the gradient table, the run's lock, the digests and the opening of
-sources are modules of their own, so that each file stays short; a third of the lines are docstrings.
+Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its lock, the
+digests and the opening of sources are modules of their own, so that each file stays short; a third of the lines are
+docstrings.
 """
 
 FOREIGN = {"torch", "tensorflow", "apache_beam"}
@@ -178,7 +179,7 @@ def test_model_knows_no_losses_no_data_no_mesh():
 
 def test_objectives_see_arrays_and_no_module():
     imports = package_graph()["objectives"]
-    assert imports <= {"arrays", "config"}, imports
+    assert imports <= {"arrays", "config", "text_loss"}, imports
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, "data_pipelines", "experiments"])

@@ -353,8 +353,10 @@ def test_missing_and_empty_sources_and_zero_weights_are_named(tmp_path, tokenize
     write_prepared([], tmp_path / "v", source="odd", tokenizer=tokenizer, spec=SPEC, licence="none", val_samples=[text])
     with pytest.raises(ValueError, match=r"data.sources.odd.path: .* holds no training record"):
         make_train_iterator(make_config(tmp_path / "v", tokenizer_folder), tokenizer)
-    for weight in (0.0, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match=r"data.sources.odd.weight .* must be positive; to leave the source out"):
+    not_positive = r"data.sources.odd.weight .* must be positive; to leave the source out"
+    not_finite = r"data.sources.odd.weight: nan is not a finite number"
+    for weight, message in ((0.0, not_positive), (-1.0, not_positive), (float("nan"), not_finite)):
+        with pytest.raises(ConfigError, match=message):
             make_config(tmp_path / "v", tokenizer_folder, **{"data.sources.odd.weight": weight})
 
 

@@ -65,7 +65,7 @@ def test_one_step_makes_a_world_a_checkpoint_and_a_validation(trained):
     assert "Total:" in output, "the overview of parameters"
     assert list_steps(workdir) == [1]
     (line,) = read_metrics(workdir)
-    assert line["step"] == 1 and line["validation"].keys() == {"qa", "generation"}
+    assert line["step"] == 1 and line["eval_loss"].keys() == {"qa", "generation"}
     assert not list((workdir.parent.parent / "made").glob("*.partial*"))
 
 

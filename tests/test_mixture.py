@@ -5,6 +5,8 @@ import hashlib
 import io
 import itertools
 import json
+import shlex
+import shutil
 import time
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from data_pipelines import index as index_command
 from experiments import base
 from unihetero_jax.config import from_config_dict
 from unihetero_jax.data import mixture, records
@@ -485,9 +488,12 @@ def test_sources_are_checked_at_open(tmp_path, folders, tokenizer, tokenizer_fol
     write_source(tmp_path / "empty", "a", tokenizer, {"train": []})
     with pytest.raises(ValueError, match="holds no training record"):
         opened(tmp_path / "empty")
-    write_source(tmp_path / "other", "a", tokenizer, {"train": make_records("a", 6)}, spec=ImageSpec(8, 4, 64))
-    with pytest.raises(ValueError, match=r"python -m data_pipelines\.index .*other --tokenizer="):
-        opened(tmp_path / "other")
+    for damage in ({"files": []}, {"files": {"train-00000-of-00002.array_record": 3}}, {"num_records": 6}):
+        path = write_source(tmp_path / "damaged", "a", tokenizer, {"train": make_records("a", 6)}) / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+        with pytest.raises(ValueError, match=r"damaged.manifest\.json lacks num_records or files"):
+            opened(tmp_path / "damaged")
+        shutil.rmtree(tmp_path / "damaged")
     cut = (
         write_source(tmp_path / "cut", "a", tokenizer, {"train": make_records("a", 6)})
         / "train-00001-of-00002.array_record"
@@ -498,6 +504,30 @@ def test_sources_are_checked_at_open(tmp_path, folders, tokenizer, tokenizer_fol
     cut.unlink()
     with pytest.raises(ValueError, match=r"train-00001-of-00002\.array_record is missing"):
         opened(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_command_for_a_missing_index_makes_it(tmp_path, folders, tokenizer, tokenizer_folder, split):
+    """The printed command, run as it stands, with a folder whose name a shell would split."""
+    folder = write_source(
+        tmp_path / "an other", "a", tokenizer, {split: make_records("a", 6)} | {"train": make_records("a", 6)},
+        spec=ImageSpec(4, 8, 64),
+    )  # fmt: skip
+    config = make_config(folders, tokenizer_folder)
+    sources = {"a": dataclasses.replace(config.data.sources["a"], path=str(folder))}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+
+    def opened():
+        if split == "val":
+            next(mixture.validation_batches(config, tokenizer, "a"))
+        else:
+            mixture.make_train_iterator(config, tokenizer).close()
+
+    with pytest.raises(ValueError, match=r"no index of lengths .*run: python -m data_pipelines\.index ") as caught:
+        opened()
+    _, _, command = str(caught.value).partition("run: ")
+    assert index_command.main(shlex.split(command)[3:]) == 0
+    opened()
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4])

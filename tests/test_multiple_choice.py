@@ -12,6 +12,7 @@ from PIL import Image
 
 from experiments import base
 from unihetero_jax.config import Config, from_config_dict
+from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import assemble_row, sample_from_record, stack_rows
 from unihetero_jax.data.records import (
     ImageSegment,
@@ -23,7 +24,7 @@ from unihetero_jax.data.records import (
 )
 from unihetero_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unihetero_jax.evaluation.benchmarks import Item
-from unihetero_jax.evaluation.multiple_choice import image_spec, score_items
+from unihetero_jax.evaluation.multiple_choice import score_items
 from unihetero_jax.evaluation.runner import evaluate, format_table, select_benchmarks
 from unihetero_jax.evaluation.scoring import hits
 
@@ -255,6 +256,7 @@ def test_evaluate_writes_what_its_figures_depend_on(tokenizer, tmp_path):
         tokenizer,
         {"mine": path},
         step=7,
+        config_hash="abc",
         output_dir=tmp_path / "eval",
         without_image=True,
     )
@@ -294,11 +296,19 @@ def test_evaluate_reads_every_file_before_scoring_any(tokenizer, tmp_path):
         raise AssertionError("scored although a later file is missing")
 
     with pytest.raises(ValueError, match=r"no such benchmark file"):
-        evaluate(make_config(), never, tokenizer, {"a": path, "b": str(tmp_path / "b.tsv")}, step=0, output_dir=None)
+        evaluate(
+            make_config(),
+            never,
+            tokenizer,
+            {"a": path, "b": str(tmp_path / "b.tsv")},
+            step=0,
+            config_hash="",
+            output_dir=None,
+        )
     with pytest.raises(ValueError, match=r"no benchmark to evaluate"):
-        evaluate(make_config(), never, tokenizer, {}, step=0, output_dir=None)
+        evaluate(make_config(), never, tokenizer, {}, step=0, config_hash="", output_dir=None)
     with pytest.raises(ValueError, match=r"it names the result file"):
-        evaluate(make_config(), never, tokenizer, {"a/b": path}, step=0, output_dir=None)
+        evaluate(make_config(), never, tokenizer, {"a/b": path}, step=0, config_hash="", output_dir=None)
 
 
 def test_select_benchmarks():

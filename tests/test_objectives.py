@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from unihetero_jax.objectives import (
     compute_loss,
     count_targets,
     embedding_distance,
-    text_log_probs,
+    normalise_target,
     visual_weight,
     within_image_spread,
 )
+from unihetero_jax.text_loss import text_nll
 
 
 def loss_config(**changes):
@@ -27,18 +29,43 @@ def log_softmax(x):
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 100])
-def test_text_log_probs(chunk):
+@pytest.mark.parametrize(("chunk", "num_row_shards"), [(1, 1), (3, 1), (4, 2), (100, 1), (100, 4)])
+def test_text_nll_and_its_gradients(chunk, num_row_shards):
     rng = np.random.default_rng(0)
-    hidden, table = rng.standard_normal((2, 10, 8)), rng.standard_normal((7, 8))
-    tokens = rng.integers(0, 7, (2, 10))
-    expected = np.zeros((2, 10))
+    hidden, table = rng.standard_normal((4, 10, 8)), rng.standard_normal((7, 8))
+    tokens, mask = rng.integers(0, 7, (4, 10)), rng.random((4, 10)) < 0.4
+    mask[1], mask[2] = False, True  # a row without a target, and one full of them
+    expected, hidden_gradient, table_gradient = np.zeros((4, 10)), np.zeros(hidden.shape), np.zeros(table.shape)
     logits = log_softmax(hidden @ table.T)
-    for row in range(2):
-        for t in range(1, 10):
-            expected[row, t] = logits[row, t - 1, tokens[row, t]]
-    got = text_log_probs(jnp.float32(hidden), jnp.float32(table), jnp.int32(tokens), chunk)
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+    for row, t in np.argwhere(mask):
+        if t > 0:
+            expected[row, t] = -logits[row, t - 1, tokens[row, t]]
+            error = np.exp(logits[row, t - 1]) - np.eye(7)[tokens[row, t]]
+            hidden_gradient[row, t - 1] = error @ table
+            table_gradient += np.outer(error, hidden[row, t - 1])
+
+    def weighted(hidden, table):
+        total, nll = text_nll(hidden, table, jnp.int32(tokens), jnp.asarray(mask), chunk, num_row_shards)
+        return 3 * total, (total, nll)
+
+    gradients, (total, nll) = jax.grad(weighted, (0, 1), has_aux=True)(jnp.float32(hidden), jnp.float32(table))
+    np.testing.assert_allclose(nll, expected, atol=1e-5)
+    np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(gradients[0], 3 * hidden_gradient, atol=2e-5)
+    np.testing.assert_allclose(gradients[1], 3 * table_gradient, atol=5e-5)
+
+
+def test_text_nll_never_holds_all_logits():
+    """Peak memory of the gradient does not grow like [B, T, V] when the vocabulary grows 16 times."""
+
+    def temporary_bytes(vocab_size):
+        hidden, table = jnp.zeros((4, 256, 16)), jnp.zeros((vocab_size, 16))
+        tokens, mask = jnp.zeros((4, 256), jnp.int32), jnp.ones((4, 256), bool)
+        gradient = jax.jit(jax.grad(lambda h, w: text_nll(h, w, tokens, mask, 32)[0], (0, 1)))
+        return gradient.lower(hidden, table).compile().memory_analysis().temp_size_in_bytes
+
+    logits_of_all = 4 * 256 * 16384 * 4
+    assert temporary_bytes(16384) < 0.3 * logits_of_all
 
 
 def numpy_distance(kind, norm, p, z):
@@ -58,9 +85,8 @@ def numpy_distance(kind, norm, p, z):
 def test_embedding_distance(kind, norm):
     rng = np.random.default_rng(1)
     predicted, target = 3 * rng.standard_normal((5, 6)), 2 * rng.standard_normal((5, 6)) + 1
-    got = embedding_distance(
-        jnp.float32(predicted), jnp.float32(target), loss_config(visual_loss=kind, target_norm=norm)
-    )
+    config = loss_config(visual_loss=kind, target_norm=norm)
+    got = embedding_distance(jnp.float32(predicted), normalise_target(jnp.float32(target), config), config)
     expected = [numpy_distance(kind, norm, p, z) for p, z in zip(predicted, target, strict=True)]
     np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 

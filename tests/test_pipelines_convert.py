@@ -56,15 +56,45 @@ def test_image_names_cannot_lead_outside(tmp_path):
         ImageFiles(tmp_path / "secret.png")
 
 
-def test_damaged_archive_members_are_reported(tmp_path):
+METHODS = {
+    "stored": zipfile.ZIP_STORED, "deflate": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2, "lzma": zipfile.ZIP_LZMA,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_damaged_archive_members_are_reported_and_others_are_read(tmp_path, method):
     path = tmp_path / "images.zip"
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", METHODS[method]) as archive:
+        archive.writestr("bad.bin", bytes(range(256)) * 40)
         archive.writestr("red.png", RED.data)
-    content = path.read_bytes()
-    place = content.index(RED.data) + 20
-    path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
+        start, size = len("bad.bin") + 30, archive.getinfo("bad.bin").compress_size
+    whole = path.read_bytes()
+    for place in (start, start + size // 4, start + size // 2, start + size - 4):
+        path.write_bytes(whole[:place] + bytes(byte ^ 255 for byte in whole[place : place + 4]) + whole[place + 4 :])
+        with ImageFiles(path) as images:
+            with pytest.raises(RecordError) as caught:
+                images.read("bad.bin")
+            assert caught.value.reason == "damaged_archive" and f"{path}, member bad.bin" in str(caught.value)
+            assert images.read("red.png") == RED.data
+    path.write_bytes(b"PK?" + whole[3:])  # the header before the member
     with ImageFiles(path) as images, pytest.raises(RecordError, match="damaged_archive"):
-        images.read("red.png")
+        images.read("bad.bin")
+
+
+def test_files_that_cannot_be_read_are_reported(tmp_path, monkeypatch):
+    with ImageFiles(tmp_path) as images:
+        with pytest.raises(RecordError) as caught:
+            images.read("x" * 300 + ".png")
+        assert caught.value.reason == "unreadable_image" and "name too long" in str(caught.value)
+        (tmp_path / "red.png").write_bytes(RED.data)
+        assert images.read("red.png") == RED.data
+
+        def refuse(path):  # a mode would not do: the tests may run as root
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(type(tmp_path), "read_bytes", refuse)
+        with pytest.raises(RecordError, match=r"unreadable_image: .*red\.png: Permission denied"):
+            images.read("red.png")
 
 
 # ---------------------------------------------------------------- parquet
@@ -107,6 +137,7 @@ def test_convert_llava_with_its_own_validation_set(tmp_path, capsys):
     assert manifest["num_records"] == {"train": 12, "val": 3}
     assert manifest["dropped"] == {"missing_image": 2}
     assert (manifest["source"], manifest["licence"]) == ("out", "CC0")
+    assert manifest["dropped_examples"]["missing_image"][0].startswith("set.json[12]: missing_image: ")
     assert {r.segments[2].text[:2] for r in read_records(tmp_path / "out", "val")} == {" y"}
     assert load_tokenizer(tmp_path / "tokenizer").vocab_size <= 280
     assert "12 train, 3 val; dropped: 2 missing_image" in capsys.readouterr().out
@@ -201,11 +232,15 @@ def raw(tmp_path):
     return data
 
 
-def test_real_prepares_every_part_once(raw, tmp_path, capsys):
+def test_real_prepares_every_part_once(raw, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     assert real.main([f"--data={raw}", f"--output={out}"]) == 0
     manifests = {name: json.loads((out / name / "manifest.json").read_text()) for name in real.PARTS}
     counts = {name: (m["num_records"]["train"], m["num_records"]["val"], m["dropped"]) for name, m in manifests.items()}
+    assert [name for name, m in manifests.items() if "text_chars" in m["settings"]] == ["text"]
+    assert manifests["cifar10"]["dropped_examples"] == {"in_evaluation": ["train-00000-of-00001.parquet[3]"]}
+    false = manifests["nlvr_generation"]["dropped_examples"]["false_statement"]
+    assert false == [f"llava_train.json[{n}]" for n in (1, 3, 5)]
     assert counts == {
         "nlvr": (6, 2, {}),
         "nlvr_statements": (6, 2, {}),
@@ -229,6 +264,11 @@ def test_real_prepares_every_part_once(raw, tmp_path, capsys):
     assert real.main([f"--data={raw}", f"--output={out}"]) == 0
     assert capsys.readouterr().out.count("finished earlier") == len(real.PARTS)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.array_record")} == before
+    monkeypatch.setattr(real, "TEXT_CHARS", real.TEXT_CHARS + 1)
+    assert real.main([f"--data={raw}", f"--output={out}"]) == 2
+    said = capsys.readouterr()
+    assert said.out.count("finished earlier") == len(real.PARTS) - 1 and f"remove {out / 'text'}" in said.err
+    monkeypatch.undo()
     (raw / "text/tinyshakespeare_train.txt").write_text("another text\n")
     assert real.main([f"--data={raw}", f"--output={out}"]) == 2
     assert "made from other data or with other settings; remove" in capsys.readouterr().err

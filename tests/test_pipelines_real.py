@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -25,12 +26,12 @@ def test_missing_raw_data_give_one_message(tmp_path, capsys):
 def test_benchmark_pictures_are_kept_out_of_training():
     image, other = ImageSegment(b"seen", 1, 1), ImageSegment(b"new", 1, 1)
     samples = [
-        Record("s", "image", (TextSegment("x"), image), {"id": "leak"}),
+        Record("s", "image", (TextSegment("x"), image), {"id": "leak"}, "raw.json[3]"),
         Record("s", "vqa", (other,)),
         Dropped("earlier", "y"),
     ]
     kept = list(real.without_images(samples, {real._digest(b"seen")}))
-    assert kept == [Dropped("in_evaluation", "leak"), samples[1], samples[2]]
+    assert kept == [Dropped("in_evaluation", "raw.json[3]"), samples[1], samples[2]]
 
 
 def test_a_benchmark_is_filtered_and_keeps_its_pictures(tmp_path):
@@ -56,6 +57,18 @@ def test_a_benchmark_is_filtered_and_keeps_its_pictures(tmp_path):
         real.write_benchmark(tmp_path / "in.tsv", tmp_path / "out.tsv", "mine", ("z",))
 
 
+def test_a_damaged_archive_of_benchmark_pictures_is_named(tmp_path):
+    path = tmp_path / "evalmini" / "images_DEVMINI.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(range(256)) * 20)
+    whole = path.read_bytes()
+    for damaged in (b"no zip", whole[:60] + b"\xff" * 20 + whole[80:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"images_DEVMINI\.zip: no readable zip file .*fetch it again"):
+            real.evaluation_images(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data are not in {DATA}")
 def test_the_shared_data_are_prepared_once(tmp_path, capsys):
@@ -70,7 +83,9 @@ def test_the_shared_data_are_prepared_once(tmp_path, capsys):
     assert {name: sum(pair) for name, pair in counts.items() if name != "text"} == {
         "nlvr": 3671, "nlvr_statements": 3671, "nlvr_generation": 3671, "cifar10": 50_000, "cifar10_generation": 50_000,
     }  # fmt: skip
-    assert counts["cifar10"][1] == counts["text"][1] == 0
+    assert counts["cifar10"][1] == 0
+    dropped = json.loads((tmp_path / "text" / "manifest.json").read_text())["dropped"]
+    assert dropped == {"empty_text": 7}, "blank lines behind a paragraph that was cut at the limit"
     assert counts["nlvr"][1] < 10
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record")}
     assert real.main([f"--data={DATA}", f"--output={tmp_path}"]) == 0

@@ -1,5 +1,6 @@
 """Prepared folders: what is dropped is counted, order and split follow from content, what is written can be trusted."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -14,7 +15,15 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 
 from data_pipelines import index, writer
-from data_pipelines.writer import Dropped, build_index, check_prepared, new_folder, read_records, write_prepared
+from data_pipelines.writer import (
+    Dropped,
+    FolderExists,
+    build_index,
+    check_prepared,
+    new_folder,
+    read_records,
+    write_prepared,
+)
 from unihetero_jax.data import records
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment
 from unihetero_jax.data.tokenizer import train_tokenizer
@@ -162,6 +171,17 @@ def test_bad_samples_are_counted_by_reason_and_the_rest_is_kept(write, capsys):
     assert all(f"1 {reason}" in printed for reason in bad)
 
 
+def test_what_is_dropped_here_names_its_file_and_place(write):
+    cut = dataclasses.replace(image_record(1, noise_jpeg()[:2000], (64, 64)), where="raw.json[7]")
+    empty = Record("set", "text", ())
+    folder = write([text_record(0), cut, dataclasses.replace(text_record(1), where="raw.json[8]"), empty])
+    examples = manifest_of(folder)["dropped_examples"]
+    assert examples["truncated_image"][0].startswith("raw.json[7], id n1: truncated_image: ")
+    assert examples["empty_record"] == ["set, sample 3: empty_record: no segment"]
+    stored = read_records(folder, "train")
+    assert {(r.meta["id"], r.where) for r in stored} == {("t0", ""), ("t1", "")}, "the place is for messages only"
+
+
 def test_a_text_of_a_million_characters_is_kept(write):
     folder = write([Record("set", "text", (TextSegment("ab " * (records.MAX_TEXT_CHARS // 3), True),))])
     assert manifest_of(folder)["num_records"]["train"] == 1
@@ -201,6 +221,22 @@ def test_a_stopped_preparation_leaves_no_folder(write, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_preparations_of_a_folder_the_first_to_finish_wins(write, tmp_path):
+    def samples():
+        yield text_record(0)
+        (tmp_path / "out").mkdir()  # after the check at the start
+        (tmp_path / "out" / "manifest.json").write_text("theirs")
+
+    with pytest.raises(FolderExists, match="out exists; remove it"):
+        write(samples())
+    with pytest.raises(FolderExists, match="two was made by another process"), new_folder(tmp_path / "two") as partial:
+        (partial / "manifest.json").write_text("ours")
+        (tmp_path / "two").mkdir()
+        (tmp_path / "two" / "manifest.json").write_text("theirs")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "two"], "what the slower one wrote is left"
+    assert (tmp_path / "two" / "manifest.json").read_text() == "theirs"
+
+
 def test_what_a_killed_preparation_left_is_removed_and_a_living_one_is_not_disturbed(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -227,7 +263,12 @@ def test_check_prepared_finds_every_fault(write):
     assert check_prepared(folder) == f"{shard} is missing or damaged"
     shard.unlink()
     assert check_prepared(folder) == f"{shard} is missing or damaged"
-    (folder / "manifest.json").write_text("{}")
+    for content in ("{}", "not json", "[]", "3", '{"files": [], "settings": {}}', '{"files": {}, "settings": 1}', "\0"):
+        (folder / "manifest.json").write_text(content)
+        assert f"{folder} " in check_prepared(folder) and "no readable manifest.json" in check_prepared(folder)
+        with pytest.raises(ValueError, match=r"no readable manifest\.json"):
+            read_records(folder, "train")
+    (folder / "manifest.json").write_bytes(b"\xff\xfe")
     assert "no readable manifest.json" in check_prepared(folder)
 
 

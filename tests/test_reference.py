@@ -11,25 +11,21 @@ from data_pipelines.scenes import COLORS, LOCATIONS, SHAPES, encode_png, make_sc
 from experiments import quickstart
 from unihetero_jax.cli import load_run, make_log_probs, run_training
 from unihetero_jax.config import from_config_dict
-from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.multiple_choice import score_items
 from unihetero_jax.evaluation.scoring import summarize
 from unihetero_jax.inference.generate import Prompt, generate_text
 
-REFERENCE = Path("reference/demo")
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "reference" / "demo"
 BAND = 0.15
 """Relative band around the reference curve; two machines differ by rounding, which 60 steps hardly amplify."""
 
 
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch):
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent)  # the reference names its files from there
-
-
-def test_the_reference_answers_and_describes():
-    config, _, params = load_run(str(REFERENCE), -1, 0)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+def test_the_reference_answers_and_describes(monkeypatch):
+    monkeypatch.chdir(ROOT)  # the reference names its files from there
+    run = load_run(str(REFERENCE), -1, 0)
+    config, params, tokenizer = run.config, run.params, run.tokenizer
     items = read_benchmark(config.eval.benchmarks["scenes"]).items
     chosen = [item for item in items if item.category in ("color", "shape", "count")][::6]
     scores = score_items(chosen, tokenizer, config, make_log_probs(config, params))
@@ -42,7 +38,9 @@ def test_the_reference_answers_and_describes():
 
 
 @pytest.mark.slow
-def test_a_fresh_run_follows_the_reference_curve(tmp_path):
+def test_a_fresh_run_follows_the_reference_curve(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the scene world is made there
+
     class Enough(Exception):
         pass
 

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import itertools
+import json
 import re
 from collections import Counter
 
@@ -47,7 +48,10 @@ def stored_records(folder):
 
 
 def scene_of(record):
-    return make_scene(SEED, "train", "easy", int(record.meta["id"].removeprefix("train-")))
+    """The scene that a record's id names, and its picture."""
+    split, _, index = record.meta["id"].partition("-")
+    scene = make_scene(SEED, split, "easy", int(index))
+    return scene, render(scene, SEED, split)
 
 
 def test_world_has_the_parts_of_the_contract(world):
@@ -61,13 +65,13 @@ def test_world_has_the_parts_of_the_contract(world):
 def test_qa_records_are_an_image_and_independent_turns(world):
     tokenizer = load_tokenizer(world / "tokenizer")
     stored = stored_records(world / "qa")
-    assert len(stored) == NUM_SCENES
+    assert len(stored) == NUM_SCENES + 200
     described = 0
     for record in stored:
         image, *texts = record.segments
-        scene = scene_of(record)
+        scene, picture = scene_of(record)
         assert isinstance(image, ImageSegment)
-        assert np.array_equal(decode_image(image.data), render(scene, SEED, "train"))
+        assert np.array_equal(decode_image(image.data), picture)
         assert [t.branch for t in texts] == [branch for branch in range(1, len(texts) // 2 + 1) for _ in range(2)]
         assert [t.loss for t in texts] == [False, True] * (len(texts) // 2)
         for prompt, answer in zip(texts[::2], texts[1::2], strict=True):
@@ -78,18 +82,40 @@ def test_qa_records_are_an_image_and_independent_turns(world):
             else:
                 assert len(answer.text.split()) <= 2
                 assert len(tokenizer.encode(answer.text)) <= 2
-    assert 0 < described < NUM_SCENES / 3
+    assert 0 < described < len(stored) / 3
 
 
 def test_generation_records_are_a_caption_then_its_scene(world):
     stored = stored_records(world / "generation")
-    assert len(stored) == NUM_SCENES
+    assert len(stored) == NUM_SCENES + 200
     for record in stored:
         text, image = record.segments
         assert isinstance(text, TextSegment) and text.branch == 0
-        scene = scene_of(record)
-        assert np.array_equal(decode_image(image.data), render(scene, SEED, "train"))
+        scene, picture = scene_of(record)
+        assert np.array_equal(decode_image(image.data), picture)
         assert all(f"{item.color} {item.shape}" in text.text for item in scene.objects)
+
+
+def pictures(records):
+    return {s.data for record in records for s in record.segments if isinstance(s, ImageSegment)}
+
+
+def test_validation_pictures_are_trained_on_in_neither_source(world):
+    """A caption is unseen only if its picture is, and the two sources hold the same scenes."""
+    train = [pictures(read_records(world / name, "train")) for name in ("qa", "generation")]
+    val = [pictures(read_records(world / name, "val")) for name in ("qa", "generation")]
+    assert train[0] == train[1] and val[0] == val[1], "the split is by scene, the same in both"
+    assert (len(train[0]), len(val[0])) == (NUM_SCENES, 200)
+    asked = set()
+    for name in ("questions.tsv", "questions_heldout.tsv"):
+        with (world / name).open(newline="") as file:
+            asked |= {base64.b64decode(row["image"]) for row in csv.DictReader(file, delimiter="\t")}
+    assert len(asked) == 6 * 6 + 6 * 5
+    assert not train[0] & val[0] and not train[0] & asked and not val[0] & asked
+
+
+def test_validation_scenes_grow_with_the_world_from_a_floor():
+    assert [scene_world.num_val_scenes(number) for number in (1, 10_000, 20_000, 40_000)] == [200, 200, 400, 800]
 
 
 def test_questions_are_a_benchmark_about_unseen_scenes(world):
@@ -132,13 +158,53 @@ def test_two_worlds_of_a_seed_are_equal_byte_by_byte(world, tmp_path):
 
 def test_existing_world_is_kept_and_another_is_refused(world, capsys):
     before = (world / "manifest.json").stat()
-    scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512)
+    scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512, SEED)
     assert capsys.readouterr().out == ""
     assert (world / "manifest.json").stat() == before
     with pytest.raises(ValueError, match=r"holds another scene world .*num_scenes 120 instead of 130"):
-        scene_world.ensure_scene_world(str(world), "easy", 130, SPEC, 512)
+        scene_world.ensure_scene_world(str(world), "easy", 130, SPEC, 512, SEED)
+    with pytest.raises(ValueError, match=r"holds another scene world \(seed 5 instead of 0\); remove it"):
+        scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512)
     with pytest.raises(ValueError, match="exists; remove it"):
         scene_world.write_scene_world(world, "easy", 10, SPEC, 512)
+
+
+def test_a_world_of_an_earlier_version_is_refused(tmp_path):
+    """Version 4 split each source by itself, so its validation pictures were trained on."""
+    settings = {"version": 4, "level": "easy", "num_scenes": 5, "seed": 0}
+    (tmp_path / "manifest.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"holds another scene world \(version 4 instead of 5\); remove it"):
+        scene_world.ensure_scene_world(str(tmp_path), "easy", 5, SPEC, 512)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff\xfe"])
+def test_a_corrupt_manifest_is_named(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'manifest.json'))} .*remove .* to make it anew"):
+        scene_world.ensure_scene_world(str(tmp_path), "easy", 5, SPEC, 512)
+
+
+@pytest.mark.parametrize("their_scenes", [5, 6])
+def test_a_world_that_another_run_finished_first_is_used_if_it_is_the_same(tmp_path, monkeypatch, capsys, their_scenes):
+    write_questions = scene_world.write_questions
+
+    def meanwhile(path, *arguments):
+        if not (tmp_path / "world").exists():  # the other run's folder appears while this one is at its last step
+            other = tmp_path / "world"
+            other.mkdir()
+            settings = {"version": scene_world.VERSION, "level": "easy", "num_scenes": their_scenes, "seed": 0}
+            (other / "manifest.json").write_text(json.dumps(settings))
+        write_questions(path, *arguments[:3], 1)
+
+    monkeypatch.setattr(scene_world, "write_questions", meanwhile)
+    if their_scenes == 5:
+        scene_world.ensure_scene_world(str(tmp_path / "world"), "easy", 5, SPEC, 512)
+        assert "another process finished it first" in capsys.readouterr().out
+    else:
+        with pytest.raises(ValueError, match="num_scenes 6 instead of 5"):
+            scene_world.ensure_scene_world(str(tmp_path / "world"), "easy", 5, SPEC, 512)
+    assert [p.name for p in tmp_path.iterdir()] == ["world"], "what the slower run wrote is left"
+    assert [p.name for p in (tmp_path / "world").iterdir()] == ["manifest.json"], "the other run's world was touched"
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):

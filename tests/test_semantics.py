@@ -12,6 +12,7 @@ from conftest import make_tiny_config
 from unihetero_jax import objectives, step
 from unihetero_jax.model.attention import decoder_mask, encoder_mask
 from unihetero_jax.model.unihetero import build
+from unihetero_jax.model.vision_encoder import merge_patches
 from unihetero_jax.objectives import compute_loss, count_targets
 from unihetero_jax.state import ema_components
 
@@ -140,3 +141,28 @@ def test_ema_target_takes_encoder_and_projector_from_the_average():
     expected = compute_loss(config, output, batch, target, weight, counts).sums["visual"]
     np.testing.assert_allclose(averaged, expected, rtol=1e-5)
     assert abs(float(online) - float(averaged)) > 1e-3
+
+
+@pytest.mark.parametrize("objective", ["semantic_input", "semantic_encoder"])
+@pytest.mark.parametrize("scale", [0.05, 20.0])
+def test_what_a_rollout_feeds_back_does_not_depend_on_the_heads_scale(objective, scale):
+    """A cosine loss trains the direction of a prediction only; the scale that the model is fed must be its own."""
+    params = small.params_of(objective)
+    down = params["semantic_head"]["mlp"]["down"]
+    scaled = params | {"semantic_head": {"mlp": params["semantic_head"]["mlp"] | {
+        "down": {name: scale * value for name, value in down.items()}}}}  # fmt: skip
+    hidden = jnp.asarray(np.random.default_rng(3).standard_normal((5, 32)), jnp.float32)
+    config = make_tiny_config(objective=objective)
+    fed_back, other = (build(config.model, objective, each).predict_embedding(hidden) for each in (params, scaled))
+    np.testing.assert_allclose(fed_back, other, rtol=2e-4, atol=1e-5)
+    true = small.forward(objective)(params, small.mixed_batch()).vision.visual_embeddings
+    assert 0.3 < float(jnp.std(fed_back) / jnp.std(true)) < 3, "and it is that of true embeddings"
+
+
+def test_a_direction_of_encoder_output_gets_its_length_back():
+    params = small.params_of("semantic_encoder")
+    model = build(make_tiny_config(objective="semantic_encoder").model, "semantic_encoder", params)
+    features = model.encoder.norm(jnp.asarray(np.random.default_rng(4).standard_normal((2, 8, 16)), jnp.float32))
+    merged = merge_patches(features)
+    for scale in (0.1, 1.0, 7.0):
+        np.testing.assert_allclose(model.encoder.rescale_merged(scale * merged), merged, rtol=1e-3, atol=1e-4)

@@ -1,22 +1,23 @@
 """The loop from configuration to checkpointed state: what is written, what stops it, and what must not change it."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unihetero_jax import gradient_table, step
-from unihetero_jax import train as train_module
+from unihetero_jax import gradient_table, reporting, step
 from unihetero_jax.checkpoint import list_steps, restore_subtree
 from unihetero_jax.config import config_hash
 from unihetero_jax.data.mixture import make_train_iterator
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.objectives import within_image_spread
+from unihetero_jax.reporting import SKIPPED_BATCHES
 from unihetero_jax.sharding import make_mesh
-from unihetero_jax.train import SKIPPED_BATCHES, train
+from unihetero_jax.train import train
 
 
 def run(config, workdir, hooks=(), evaluate=None):
@@ -69,25 +70,25 @@ def test_each_line_tells_what_the_issue_names(usual):
         start, end = config.loss.visual_weight_start, config.loss.visual_weight
         expected = start + (end - start) * (number - 1) / config.loss.visual_ramp_steps
         assert line["visual_weight"] == pytest.approx(expected, rel=1e-5)
-        assert line["gradient_norm"]["encoder"] > 0 and line["learning_rate"] > 0
+        assert line["gradient_norm"]["encoder+projector+decoder+semantic_head"] > 0 and line["learning_rate"] > 0
         assert 0 <= line["input_wait_share"] <= 1 and line["tokens_per_s"] > 0 and line["model_flops_per_s"] > 0
     totals = [line["totals"] for line in lines]
     for name in ("samples/qa", "samples/generation", "tokens/qa", "tokens/generation"):
         counts = [total[name] for total in totals]
         assert counts == sorted(counts) and counts[-1] > counts[0], name
-    assert [line["step"] for line in lines if "validation" in line] == [8]
-    assert lines[-1]["validation"]["qa"]["text"] > 0 and lines[-1]["validation"]["generation"]["visual"] > 0
+    assert [line["step"] for line in lines if "eval_loss" in line] == [8]
+    assert lines[-1]["eval_loss"]["qa"]["text"] > 0 and lines[-1]["eval_loss"]["generation"]["visual"] > 0
 
 
 def test_validation_changes_nothing(usual, tiny_experiment, tmp_path):
     _, _, undisturbed = usual
     run(tiny_experiment(train__eval_every_steps=3), tmp_path)
     lines = read_metrics(tmp_path)
-    assert [line["step"] for line in lines if "validation" in line] == [3, 6, 8]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6, 8]
     for line, other in zip(lines, undisturbed, strict=True):
         for name in ("loss", "batch_hash", "terms", "gradient_norm", "totals"):
             assert line[name] == other[name], name
-    assert lines[-1]["validation"] == undisturbed[-1]["validation"]
+    assert lines[-1]["eval_loss"] == undisturbed[-1]["eval_loss"]
 
 
 def test_objectives_share_data_and_initialisation(usual, tiny_experiment, tmp_path):
@@ -167,7 +168,7 @@ def test_steps_without_finite_gradient_change_nothing_and_stop_the_run(usual, ti
 
 def test_a_loss_that_never_sees_a_target_is_an_error(tiny_experiment, tiny_world, tmp_path, monkeypatch):
     """Both sources hold questions only, so nothing is generated. The window is shortened to save the time."""
-    monkeypatch.setattr(train_module, "MIN_TARGET_WINDOW", 4)
+    monkeypatch.setattr(reporting, "MIN_TARGET_WINDOW", 4)
     config = tiny_experiment(data__sources__generation__path=tiny_world / "qa")
     with pytest.raises(ValueError, match=r"the visual loss of objective=semantic_input saw no target in the 4 steps"):
         run(config, tmp_path)
@@ -212,11 +213,11 @@ def test_spread_is_that_of_pairs_within_images(noise):
 
 def test_alarms_begin_and_end(tiny_experiment, tmp_path, capsys):
     """Spread across images stays wide throughout: only what happens within an image may set the alarm off."""
-    reporter = train_module._Reporter(tiny_experiment(), tmp_path, 0, {})
+    reporter = reporting.Reporter(tiny_experiment(), tmp_path, 0, {})
 
     def alarms_at(number, noise, copy=0.5):
         total, count = measured_spread(*collapsed_embeddings(noise))
-        terms = {"within_spread": {"mean": total / count}, "visual_copy_previous": {"mean": copy}}
+        terms = {"within_spread": {"mean": total / count}, "copy_previous_cosine": {"mean": copy}}
         return reporter._update_alarms(number, terms), capsys.readouterr().err
 
     assert alarms_at(1, 1.0) == ([], "")
@@ -233,3 +234,44 @@ def test_alarms_begin_and_end(tiny_experiment, tmp_path, capsys):
     assert reporter._update_alarms(7, {"within_spread": {"mean": np.array([0.7, 0.01])}}) == ["within_spread"]
     assert reporter._update_alarms(8, {"within_spread": {"mean": np.nan}}) == []
     reporter.close()
+
+
+def test_an_interval_that_a_stop_cut_in_two_is_reported_whole(tiny_experiment, tmp_path):
+    """Lines every 3 steps, saves every 2: the line of step 6 covers steps 4 to 6 though step 5 was computed twice."""
+    config = tiny_experiment(train__log_every_steps=3)
+    run(config, tmp_path / "unbroken")
+
+    def crash(number, state):
+        if number == 5:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(config, tmp_path / "broken", [crash])
+    assert list_steps(tmp_path / "broken")[-1] == 4
+    run(config, tmp_path / "broken")
+    lines, expected = (read_metrics(tmp_path / name) for name in ("broken", "unbroken"))
+    assert [line["step"] for line in lines] == [line["step"] for line in expected] == [3, 6, 8]
+    for line, other in zip(lines, expected, strict=True):
+        for name in ("loss", "batch_hash", "terms", "text_by_source", "gradient_norm", "totals", "alarms"):
+            assert line[name] == other[name], (line["step"], name)
+
+
+def test_data_prepared_anew_at_the_same_path_is_refused(tiny_experiment, tiny_world, tmp_path):
+    """Same configuration, other records: a resumed run would silently go on with another stream."""
+    copied = tmp_path / "world"
+    shutil.copytree(tiny_world, copied)
+    paths = {"data__sources__qa__path": copied / "qa", "data__sources__generation__path": copied / "generation"}
+    config = tiny_experiment(train__num_steps=2, data__tokenizer=copied / "tokenizer", **paths)
+    run(config, tmp_path / "run")
+    manifest = json.loads((copied / "qa" / "manifest.json").read_text())
+    name = next(name for name in manifest["files"] if name.startswith("train-"))
+    manifest["files"][name]["digest"] = "0" * 128
+    (copied / "qa" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"was trained on other data .*\n  - sources\.qa: "):
+        run(tiny_experiment(train__num_steps=4, data__tokenizer=copied / "tokenizer", **paths), tmp_path / "run")
+
+
+def test_one_process_only(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 processes: this version trains in one process"):
+        run(tiny_experiment(), tmp_path)

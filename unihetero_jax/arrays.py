@@ -147,3 +147,28 @@ class LossOutput:
     loss: Float[Array, ""]
     sums: dict[str, Any]
     counts: dict[str, Any]
+
+
+@pytree_dataclass
+class StepMetrics:
+    """What a step reports; fetched a step late, so the loop never waits for the device.
+
+    Attributes:
+        loss: the total that was differentiated.
+        sums, counts: per term.
+        gradient_norms: per gradient-isolated group, before clipping.
+        finite: whether the update was applied.
+        visual_weight: lambda.
+        batch_hash: two 32-bit halves, reduced from `Batch.row_hash`.
+        consecutive_skips, skipped: counters after the step.
+    """
+
+    loss: Any
+    sums: dict[str, Any]
+    counts: dict[str, Any]
+    gradient_norms: dict[str, Any]
+    finite: Any
+    visual_weight: Any
+    batch_hash: Any
+    consecutive_skips: Any
+    skipped: Any

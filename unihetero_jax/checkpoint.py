@@ -22,6 +22,7 @@ import platform
 import signal
 import threading
 import time
+import types
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -63,12 +64,20 @@ class Checkpointer:
     Args:
         workdir: folder of the run.
         config: the run's configuration; stored with every step and compared on restore.
+        data_identity: what the configuration's paths held: `tokenizer` (hash) and `sources` (digest by name); stored
+            and compared likewise, for a folder may be prepared anew at the same path.
         report: receives messages for the user (process 0 only).
     """
 
-    def __init__(self, workdir: epath.PathLike, config: Config, report: Callable[[str], None] = print):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        config: Config,
+        data_identity: Mapping[str, Any] = types.MappingProxyType({}),
+        report: Callable[[str], None] = print,
+    ):
         self._root = _checkpoint_root(workdir)
-        self._config = config
+        self._config, self._data_identity = config, dict(data_identity)
         self._report = report if jax.process_index() == 0 else lambda _: None
         self._own_steps: set[int] = set()
         self._thread: threading.Thread | None = None
@@ -104,7 +113,7 @@ class Checkpointer:
             self._manager.save(step, force=True, args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(_nest(saved)),
                 position=ocp.args.JsonSave(_position_to_json(position)),
-                metadata=ocp.args.JsonSave(run_metadata(self._config)),
+                metadata=ocp.args.JsonSave(run_metadata(self._config, self._data_identity)),
             ))  # fmt: skip
         except Exception as error:
             self._recover(step)
@@ -167,6 +176,7 @@ class Checkpointer:
         metadata = self._manager.restore(chosen, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
         for line in check_config(metadata["config"], to_dict(self._config), str(self._root / str(chosen))):
             self._report(f"checkpoint {chosen}: continuing with a changed field: {line}")
+        check_data(metadata["data"], self._data_identity, str(self._root / str(chosen)))
         stored = read_manifest(self._root / str(chosen))["arrays"]
         wanted = _named_leaves(target)
         _check_arrays(stored, wanted, self._root / str(chosen))
@@ -368,9 +378,10 @@ def restore_subtree(
     return chosen, restored if target is None else _rebuild(target, restored), metadata
 
 
-def run_metadata(config: Config) -> dict[str, Any]:
-    """What is stored beside the arrays: configuration, its hash, the program's and the libraries' versions."""
+def run_metadata(config: Config, data_identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored beside the arrays: configuration, its hash, what its data were, versions."""
     return {
+        "data": dict(data_identity),
         "config": to_dict(config),
         "config_hash": config_hash(config),
         "program_version": __version__,
@@ -399,6 +410,23 @@ def check_config(stored: Mapping[str, Any], current: Mapping[str, Any], where: s
             + "restore these fields to continue that run; else use a new --workdir (and init_from its weights)"
         )  # fmt: skip
     return free
+
+
+def check_data(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
+    """Compares what a checkpoint's data were with what lies at the same paths now; an unknown identity fits all.
+
+    Raises:
+        ValueError: naming the tokenizer and the sources that hold something else.
+    """
+    if not stored or not current:
+        return
+    changed = differences(stored, current)
+    if changed:
+        raise ValueError(
+            f"{where} was trained on other data than its paths hold now:\n"
+            + "".join(f"  - {line}\n" for line in changed)
+            + "put the data back, or train anew in a new --workdir"
+        )  # fmt: skip
 
 
 def _is_free(field: str) -> bool:

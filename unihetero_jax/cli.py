@@ -1,6 +1,7 @@
 """The commands: train, evaluate, generate."""
 
 import argparse
+import dataclasses
 import functools
 import os
 import signal
@@ -16,19 +17,21 @@ from data_pipelines.scene_world import ensure_scene_world
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
-from unihetero_jax.config import Config
+from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.mixture import image_spec
-from unihetero_jax.data.records import format_prompt
-from unihetero_jax.data.tokenizer import load_tokenizer
-from unihetero_jax.evaluation.diagnostics import rollout_retrieval
-from unihetero_jax.evaluation.runner import evaluate, format_table, select_benchmarks, write_json
+from unihetero_jax.data.records import RecordError, format_prompt, probe_image
+from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
+from unihetero_jax.evaluation.benchmarks import read_benchmark
+from unihetero_jax.evaluation.diagnostics import check_candidates, rollout_retrieval
+from unihetero_jax.evaluation.runner import LogProbs, evaluate, format_table, select_benchmarks, write_json
 from unihetero_jax.inference.generate import Prompt, generate_text
 from unihetero_jax.inference.sampling import Sampling
+from unihetero_jax.metrics import announce
 from unihetero_jax.model.unihetero import Params, build
-from unihetero_jax.objectives import text_log_probs
 from unihetero_jax.sharding import activation_mesh, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
+from unihetero_jax.text_loss import text_nll
 from unihetero_jax.train import Hook, Interrupted, train
 from unihetero_jax.workdir import prepare_workdir
 
@@ -42,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         namespace, overrides = parse_arguments(_parser(), sys.argv[1:] if arguments is None else arguments)
         namespace.command(namespace, overrides)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        announce(str(stop))
         return 128 + stop.signal_number
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("UNIHETERO_TRACEBACK"):
+    except (ValueError, OSError) as error:
+        if os.environ.get("UNIHETERO_TRACEBACK"):  # where a message is not enough
             raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "--benchmarks", default="", help="names from eval.benchmarks or paths, by comma; all if empty"
     )
     evaluates.add_argument("--without-image", action="store_true", help="also score with the image left out")
+    evaluates.add_argument("--rollout", action="store_true", help="also draw from captions of eval.rollout_source")
     evaluates.set_defaults(command=_evaluate)
 
     generates = commands.add_parser("generate", allow_abbrev=False, help="continue a prompt, with or without an image")
@@ -91,25 +95,30 @@ def _train(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
-    config, step, params = load_run(flags.workdir, flags.step, flags.replicate, overrides)
+    run = load_run(flags.workdir, flags.step, flags.replicate, overrides)
     requested = [name for name in flags.benchmarks.split(",") if name]
-    benchmarks = select_benchmarks(config.eval.benchmarks, requested)
+    benchmarks = select_benchmarks(run.config.eval.benchmarks, requested)
     results = evaluate(
-        config, make_log_probs(config, params), load_tokenizer(config.data.tokenizer), benchmarks,
-        step=step, output_dir=Path(flags.workdir) / "eval", without_image=flags.without_image,
+        run.config, make_log_probs(run.config, run.params), run.tokenizer, benchmarks, step=run.step,
+        config_hash=run.config_hash, output_dir=Path(flags.workdir) / "eval", without_image=flags.without_image,
     )  # fmt: skip
     print(format_table(results))
+    if flags.rollout:
+        if not _rolls_out(run.config):
+            raise ValueError(
+                "--rollout: the run draws no images; it needs an objective with a visual loss and eval.rollout_source"
+            )
+        _roll_out(run, Path(flags.workdir) / "eval")
 
 
 def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
-    config, _, params = load_run(flags.workdir, flags.step, flags.replicate, overrides)
+    run = load_run(flags.workdir, flags.step, flags.replicate, overrides)
     image = _read_image(flags.image) if flags.image else None
     if not image and not format_prompt(flags.prompt):
         raise ValueError("--prompt is empty and there is no --image: nothing to continue")
     sampling = Sampling(flags.temperature, flags.top_p)
-    tokenizer = load_tokenizer(config.data.tokenizer)
     prompts = [Prompt(flags.prompt, image)]
-    print(generate_text(config, params, tokenizer, prompts, flags.max_new_tokens, sampling, flags.seed)[0])
+    print(generate_text(run.config, run.params, run.tokenizer, prompts, flags.max_new_tokens, sampling, flags.seed)[0])
 
 
 def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = ()) -> TrainState:
@@ -119,44 +128,75 @@ def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = ()) -> Tr
     if world.level != "none":
         vocab_size = config.model.decoder.vocab_size
         ensure_scene_world(world.path, world.level, world.num_scenes, image_spec(config), vocab_size)
+    _check_evaluation(config)
     return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir))
+
+
+def _check_evaluation(config: Config) -> None:
+    """What the evaluation at the end needs is there, before hours go into training. Raises ValueError if not."""
+    for path in config.eval.benchmarks.values():
+        read_benchmark(path)
+    if _rolls_out(config):
+        check_candidates(config, load_tokenizer(config.data.tokenizer))
+
+
+def _rolls_out(config: Config) -> bool:
+    return config.objective != "understanding" and bool(config.eval.rollout_source)
 
 
 def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -> dict[str, Any]:
     """Benchmarks and, where images are generated, rollout retrieval; writes eval/*.json and prints both."""
     tokenizer = load_tokenizer(config.data.tokenizer)
     params = _one_replicate(state.params, config, 0)
+    run = Run(config, config_hash(config), step, params, tokenizer)
     results: dict[str, Any] = {}
     folder = Path(workdir) / "eval"
     if config.eval.benchmarks:
-        log_probs = make_log_probs(config, params)
-        results = evaluate(config, log_probs, tokenizer, config.eval.benchmarks, step=step, output_dir=folder)
+        results = evaluate(
+            config, make_log_probs(config, params), tokenizer, config.eval.benchmarks, step=step,
+            config_hash=run.config_hash, output_dir=folder,
+        )  # fmt: skip
         print(format_table(results))
-    if config.objective != "understanding" and config.eval.rollout_source:
-        source = config.eval.rollout_source
-        found = rollout_retrieval(config, params, tokenizer, source, config.eval.rollout_candidates)
-        write_json(folder / f"rollout-{step}.json", found | {"source": source, "step": step})
-        print(_rollout_line(found, source))
-        if found["retrieval"] < config.diagnostics.retrieval_alarm:
-            print(f"ALARM: rollout retrieval {found['retrieval']:.3f} is under {config.diagnostics.retrieval_alarm}")
-        results["rollout"] = found
+    if _rolls_out(config):
+        results["rollout"] = _roll_out(run, folder)
     return results
 
 
-def _rollout_line(found: Mapping[str, Any], source: str) -> str:
-    return (
-        f"rollout from captions of {source}: finds its image among {found['num_candidates']} "
+def _roll_out(run: "Run", folder: Path) -> dict[str, Any]:
+    """Rollout retrieval: measured, judged, written to `rollout-<step>.json` and printed."""
+    config = run.config
+    found = rollout_retrieval(config, run.params, run.tokenizer)
+    alarms = ["rollout_retrieval"] if found["retrieval"] < config.diagnostics.retrieval_alarm else []
+    result = found | {"alarms": alarms, "step": run.step, "config_hash": run.config_hash}
+    write_json(folder / f"rollout-{run.step}.json", result)
+    print(
+        f"rollout from captions of {found['source']}: finds its image among {found['num_candidates']} "
         f"at {found['retrieval']:.3f} +- {found['standard_error']:.3f} (chance {found['chance']:.3f}); "
         f"cosine distance {found['free_running']:.3f} "
         f"(mean embedding {found['mean_embedding']:.3f}, copy previous {found['copy_previous']:.3f})"
     )
+    if alarms:
+        print(f"ALARM: rollout retrieval {found['retrieval']:.3f} is under {config.diagnostics.retrieval_alarm}")
+    return result
 
 
-def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] = ()) -> tuple[Config, int, Params]:
-    """The configuration, step and parameters of a trained run, on the mesh that configuration and overrides ask for.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run, ready for use. `config` has the command line's overrides; `config_hash` is the trained one's."""
+
+    config: Config
+    config_hash: str
+    step: int
+    params: Params
+    tokenizer: Tokenizer
+
+
+def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] = ()) -> Run:
+    """A run's parameters on the mesh that its configuration and the overrides ask for.
 
     Raises:
-        ValueError: the workdir is no run, has no valid checkpoint, or the replicate does not exist.
+        ValueError: the workdir is no run, has no valid checkpoint, the replicate does not exist, or the tokenizer at
+            the configured path is not the one that it was trained with.
     """
     if not (Path(workdir) / "checkpoints").is_dir():
         raise ValueError(f"--workdir {workdir}: no run here (no checkpoints/); train first, or correct the path")
@@ -165,20 +205,31 @@ def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] =
     config = with_overrides(metadata["config"], overrides)
     if not 0 <= replicate < config.train.num_replicates:
         raise ValueError(f"--replicate {replicate}: the run has replicates 0 to {config.train.num_replicates - 1}")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.hash != metadata.get("data", {}).get("tokenizer", tokenizer.hash):
+        raise ValueError(
+            f"data.tokenizer: {config.data.tokenizer} holds another tokenizer (hash {tokenizer.hash}) than the "
+            f"one that {workdir} was trained with ({metadata['data']['tokenizer']}); name that one by "
+            "--config.data.tokenizer"
+        )
     target = {"params": abstract_state(config, make_mesh(config.mesh)).params}
     _, restored, _ = restore_subtree(workdir, stored_step, ["params"], target)
-    return config, stored_step, _one_replicate(restored["params"], config, replicate)
+    params = _one_replicate(restored["params"], config, replicate)
+    return Run(config, metadata["config_hash"], stored_step, params, tokenizer)
 
 
-def make_log_probs(config: Config, params: Params):
-    """The evaluation's view of a model: packed rows in, log-probability of every position's token out."""
+def make_log_probs(config: Config, params: Params) -> LogProbs:
+    """The evaluation's view of a model: packed rows in, log-probability of every supervised token out."""
     mesh = make_mesh(config.mesh)
 
     @jax.jit
     def log_probs(params: Params, batch: Batch) -> jax.Array:
         with activation_mesh(mesh):
             output = build(config.model, config.objective, params)(batch)
-            return text_log_probs(output.hidden, output.unembedding, batch.tokens, config.loss.text_chunk)
+            return -text_nll(
+                output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, config.loss.text_chunk,
+                config.num_row_shards,
+            )[1]  # fmt: skip
 
     def score(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.asarray(jax.device_get(log_probs(params, to_global(arrays, mesh))))
@@ -194,4 +245,9 @@ def _read_image(path: str) -> bytes:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--image {path}: no such file")
-    return file.read_bytes()
+    data = file.read_bytes()
+    try:
+        probe_image(data)
+    except RecordError as error:
+        raise ValueError(f"--image {path}: {error}") from error
+    return data

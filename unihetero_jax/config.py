@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -106,13 +107,14 @@ class LossConfig:
         visual_weight_start: lambda at step 0 (arXiv 2608.12209 ramps 0.015 to 1.0).
         visual_ramp_steps: length of the linear ramp.
         visual_loss: distance between predicted and target embedding.
-        target_norm: normalisation of the target (and prediction) before the distance.
+        target_norm: normalisation of the target before the distance (under l2 of the prediction too).
         target: `ema` takes targets from a moving average of encoder and projector, `stop_gradient` from the online
             ones.
         ema_decay: decay of that average; fit it to the run's length (.99 for a thousand steps, .999 for long runs).
-        cut_input_gradient: stops the visual loss's gradient at the visual *inputs* of the language model.
+        cut_input_gradient: stops every loss's gradient at the visual *inputs* of samples with an image that carries the
+            visual loss; encoder and projector then learn from the text of the other samples.
         visual_loss_on: images that come after text (`generated`), or all.
-        text_chunk: positions of a row per chunk of the text loss; bounds the memory of logits.
+        text_chunk: supervised positions of a device's rows whose logits exist at one time; bounds their memory.
     """
 
     visual_weight: float
@@ -286,6 +288,11 @@ class Config:
     eval: EvalConfig
     diagnostics: DiagnosticsConfig
 
+    @property
+    def num_row_shards(self) -> int:
+        """Parts into which the rows of a batch are split over devices; replicates all see the whole batch."""
+        return 1 if self.train.num_replicates > 1 else self.mesh.data * self.mesh.fsdp
+
     def __hash__(self) -> int:
         """Of the values: mappings have no hash, and compiled functions are cached by configuration."""
         return hash(config_hash(self))
@@ -404,6 +411,8 @@ def _scalar(hint: type, value: Any, path: str, faults: list[str]) -> Any:
         return float(value)
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
         faults.append(f"{path}: expected {hint.__name__}, got {value!r} ({type(value).__name__})")
+    elif hint is float and not math.isfinite(value):
+        faults.append(f"{path}: {value!r} is not a finite number")
     return value
 
 
@@ -421,7 +430,7 @@ def _validate_model(model: ModelConfig) -> list[str]:
     encoder, decoder = model.encoder, model.decoder
     rules = [
         (
-            encoder.dim % encoder.num_heads == 0,
+            encoder.dim % max(encoder.num_heads, 1) == 0,
             f"model.encoder.dim {encoder.dim} must be a multiple of model.encoder.num_heads {encoder.num_heads}",
         ),
         (
@@ -475,6 +484,11 @@ def _validate_data(config: Config) -> list[str]:
             data.image_max_patches // MERGED_PATCHES + 3 <= data.row_tokens,
             f"data.row_tokens {data.row_tokens} must hold the largest image: data.image_max_patches / 4 + 3 markers",
         ),
+        (
+            data.image_max_patches // MERGED_PATCHES <= config.model.decoder.max_grid,
+            f"model.decoder.max_grid {config.model.decoder.max_grid} must reach data.image_max_patches / 4 = "
+            f"{data.image_max_patches // MERGED_PATCHES}: an image may be a strip one visual token high",
+        ),
         (0 <= data.max_failed_share <= 1, f"data.max_failed_share {data.max_failed_share} must lie in [0, 1]"),
     ]
     for name, source in data.sources.items():
@@ -515,6 +529,11 @@ def _validate_run(config: Config) -> list[str]:
         (0 < optimizer.decay_fraction <= 1, f"optimizer.decay_fraction {optimizer.decay_fraction} must lie in (0, 1]"),
         (optimizer.warmup_steps >= 0, f"optimizer.warmup_steps {optimizer.warmup_steps} must not be negative"),
         (optimizer.weight_decay >= 0, f"optimizer.weight_decay {optimizer.weight_decay} must not be negative"),
+        (
+            min(optimizer.encoder_lr, optimizer.projector_lr, optimizer.decoder_lr, optimizer.semantic_head_lr) >= 0,
+            "optimizer.encoder_lr, projector_lr, decoder_lr and semantic_head_lr must not be negative",
+        ),
+        (0 <= config.seed < 2**31 and 0 <= config.data.seed < 2**31, "seed and data.seed must lie in [0, 2^31)"),
         (0 <= loss.ema_decay < 1, f"loss.ema_decay {loss.ema_decay} must lie in [0, 1)"),
         (
             loss.visual_weight >= 0 and loss.visual_weight_start >= 0,
@@ -524,6 +543,11 @@ def _validate_run(config: Config) -> list[str]:
         (
             not (loss.visual_loss == "cosine" and loss.target_norm == "l2"),
             "loss.visual_loss=cosine normalises already; set loss.target_norm to none or layer_norm",
+        ),
+        (
+            not (loss.cut_input_gradient and loss.visual_loss_on == "all"),
+            "loss.cut_input_gradient with loss.visual_loss_on=all would train encoder and projector by nothing; "
+            "set loss.visual_loss_on=generated",
         ),
         (
             bool(init_from.workdir) or not init_from.components,
@@ -561,6 +585,11 @@ def _validate_run(config: Config) -> list[str]:
             config.eval.rollout_source in ("", *config.data.sources),
             f"eval.rollout_source {config.eval.rollout_source!r} is not in data.sources: "
             f"{', '.join(config.data.sources)}",
+        ),
+        (
+            not config.eval.rollout_source or loss.target_norm != "layer_norm" or config.objective == "understanding",
+            "loss.target_norm=layer_norm predicts embeddings without their mean, which cannot be fed back; "
+            "set eval.rollout_source= (empty), or loss.target_norm to none or l2",
         ),
     ]
     positive = {

@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 
 from unihetero_jax.arrays import Batch, LossOutput
-from unihetero_jax.config import COMPONENTS, Config, config_hash
+from unihetero_jax.config import COMPONENTS, Config, MeshConfig, config_hash
 from unihetero_jax.model import unihetero
 from unihetero_jax.objectives import GRADIENT_TABLE, count_targets, reached
 from unihetero_jax.state import ema_components
@@ -71,7 +71,7 @@ def twin(config: Config) -> Config:
         semantic_head=dataclasses.replace(model.semantic_head, hidden_dim=8),
     )  # fmt: skip
     train = dataclasses.replace(config.train, num_replicates=1, accumulation_steps=1)
-    return dataclasses.replace(config, model=small, train=train)
+    return dataclasses.replace(config, model=small, train=train, mesh=MeshConfig(1, 1, 1, 1))
 
 
 def measure(config: Config, loss_terms: Callable[..., LossOutput]) -> Norms:

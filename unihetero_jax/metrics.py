@@ -24,6 +24,12 @@ METRICS_NAME = "metrics.jsonl"
 REPLACED_NAME = "metrics.replaced.jsonl"
 
 
+def announce(message: str) -> None:
+    """Prints a message at once. A reader that is gone (`| tee`, ended by the same Ctrl-C) is no reason to stop."""
+    with contextlib.suppress(BrokenPipeError):
+        print(message, flush=True)
+
+
 class MetricsWriter:
     """Appends to `metrics.jsonl` and to TensorBoard files under `tensorboard/`. One process of a run makes it.
 
@@ -139,6 +145,15 @@ class IntervalMetrics:
             old = self._averages.get(name)
             self._averages[name] = new if old is None else old.merge(new)
 
+    def get_state(self) -> dict[str, np.ndarray]:
+        """{term: float64[2, ...]}, sums and counts since the last report."""
+        return {name: np.stack([a.total, a.count]) for name, a in self._averages.items()}
+
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on from `get_state`, to the bit."""
+        self._averages = {}
+        self.add({name: value[0] for name, value in state.items()}, {name: value[1] for name, value in state.items()})
+
     def result(self) -> dict[str, dict[str, Any]]:
         """{term: {"sum", "count", "mean"}} since the last call, and starts anew. No count: a mean of NaN."""
         merged, self._averages = self._averages, {}
@@ -240,18 +255,15 @@ class Progress:
             self._bar.set_postfix_str(f"{terms}  {samples_per_s:.1f} samples/s", refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        print(
-            f"step {step}/{self._num_steps}  {terms}  {samples_per_s:.1f} samples/s  {self._left(step)} left",
-            file=self._stream,
-            flush=True,
-        )
+        self.print(f"step {step}/{self._num_steps}  {terms}  {samples_per_s:.1f} samples/s  {self._left(step)} left")
 
     def print(self, message: str) -> None:
         """Prints a message without tearing the progress line."""
-        if self._bar is not None:
-            self._bar.write(message, file=self._stream)
-        else:
-            print(message, file=self._stream, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # see `announce`
+            if self._bar is not None:
+                self._bar.write(message, file=self._stream)
+            else:
+                print(message, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Ends the line."""
@@ -264,6 +276,15 @@ class Progress:
             return "?"
         seconds = (self._clock() - self._start_s) / done * (self._num_steps - step)
         return tqdm.format_interval(seconds)
+
+
+def keep_lines_up_to(path: epath.Path, step: int) -> None:
+    """Drops lines of later steps, and a torn last one, from a file of JSON lines; a missing file stays missing."""
+    if path.exists():
+        text = path.read_text()
+        kept = "".join(line for line in _complete_lines(text)[0] if _step_of(line) <= step)
+        if kept != text:
+            write_atomically(path, kept)
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import Batch, LossOutput, ModelOutput, VisionOutput, typechecked
 from unihetero_jax.config import Component, Config, LossConfig, Objective
+from unihetero_jax.text_loss import text_nll
 
 LossName = Literal["text", "visual"]
 
@@ -38,8 +39,8 @@ GRADIENT_GROUPS: Mapping[Objective, tuple[tuple[Component, ...], ...]] = {
     "semantic_input": (("encoder", "projector", "decoder", "semantic_head"),),
     "semantic_encoder": (("encoder", "projector", "decoder", "semantic_head"),),
 }
-"""Components that share a loss graph. Clipping and the non-finite check act within a group, so that an isolated part
-(a detached decoder) can never change the update of the others."""
+"""Components that share a loss graph. Clipping acts within a group, so that an isolated part cannot change the size of
+the others' update."""
 
 
 def reached(objective: Objective, loss: LossName, config: LossConfig, frozen: tuple[Component, ...]) -> set[Component]:
@@ -66,61 +67,44 @@ def visual_weight(config: LossConfig, step: jax.Array) -> jax.Array:
 
 
 @typechecked
-def text_log_probs(
-    hidden: Float[Array, "B T D"], unembedding: Float[Array, "V D"], tokens: Int[Array, "B T"], chunk: int
-) -> Float[Array, "B T"]:
-    """log p(tokens[t] | positions before t), aligned to the target; position 0 has no predecessor and gets 0.
-
-    Rows longer than `chunk` are computed in chunks of so many positions of every row and recomputed in the backward
-    pass, so logits of the size [B, T, V] never exist; one chunk is computed once and kept.
-    """
-    num_rows, length, dim = hidden.shape
-    chunk = min(chunk, length)
-    num_chunks = -(-length // chunk)
-    padding = num_chunks * chunk - length
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1 + padding)))
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-
-    def chunk_log_probs(hidden, targets):
-        logits = jnp.einsum("bcd,vd->bcv", hidden, unembedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
-
-    if num_chunks == 1:
-        log_probs = chunk_log_probs(hidden, targets)
-    else:
-        chunked_hidden = hidden.reshape(num_rows, num_chunks, chunk, dim).swapaxes(0, 1)
-        chunked_targets = targets.reshape(num_rows, num_chunks, chunk).swapaxes(0, 1)
-        recomputed = jax.checkpoint(chunk_log_probs)
-        log_probs = jax.lax.map(lambda x: recomputed(*x), (chunked_hidden, chunked_targets))
-        log_probs = log_probs.swapaxes(0, 1).reshape(num_rows, -1)
-    return jnp.pad(log_probs[:, : length - 1], ((0, 0), (1, 0)))
-
-
-@typechecked
 def embedding_distance(
     predicted: Float[Array, "*n Z"], target: Float[Array, "*n Z"], config: LossConfig
 ) -> Float[Array, "*n"]:
     """Distance between prediction and target in float32.
 
-    cosine: `1 - cos`. mse, smooth_l1 (beta 1): mean over dimensions. `target_norm` normalises the target before the
-    distance, and for l2 the prediction too, since a regression onto the unit sphere has no use for another radius.
+    cosine: `1 - cos`. mse, smooth_l1 (beta 1): mean over dimensions. The target comes normalised (`normalise_target`);
+    under l2 the prediction is too, since a regression onto the unit sphere has no use for another radius.
     """
     predicted, target = predicted.astype(jnp.float32), target.astype(jnp.float32)
-    match config.target_norm:
-        case "l2":
-            predicted, target = _unit(predicted), _unit(target)
-        case "layer_norm":
-            centred = target - target.mean(axis=-1, keepdims=True)
-            target = centred * jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-6)
+    if config.target_norm == "l2":
+        predicted = _unit(predicted)
     match config.visual_loss:
         case "cosine":
-            return 1.0 - jnp.sum(_unit(predicted) * _unit(target), axis=-1)
+            return cosine_distance(predicted, target)
         case "mse":
             return jnp.mean((predicted - target) ** 2, axis=-1)
         case "smooth_l1":
             difference = jnp.abs(predicted - target)
             return jnp.mean(jnp.where(difference < 1, 0.5 * difference**2, difference - 0.5), axis=-1)
+
+
+@typechecked
+def normalise_target(target: Float[Array, "*n Z"], config: LossConfig) -> Float[Array, "*n Z"]:
+    """What the head shall predict, in float32: the embedding itself, its direction, or standardised over dimensions."""
+    target = target.astype(jnp.float32)
+    match config.target_norm:
+        case "none":
+            return target
+        case "l2":
+            return _unit(target)
+        case "layer_norm":
+            centred = target - target.mean(axis=-1, keepdims=True)
+            return centred * jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-6)
+
+
+def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`1 - cos` over the last dimension, in float32."""
+    return 1.0 - jnp.sum(_unit(a.astype(jnp.float32)) * _unit(b.astype(jnp.float32)), axis=-1)
 
 
 def _unit(x: jax.Array) -> jax.Array:
@@ -152,9 +136,11 @@ def compute_loss(
         weight: lambda.
         denominators: from `count_targets` of the *whole* batch.
     """
-    log_probs = text_log_probs(output.hidden, output.unembedding, batch.tokens, config.loss.text_chunk)
-    nll = jnp.where(batch.text_loss_mask, -log_probs, 0.0)
-    sums, counts = {"text": jnp.sum(nll)}, {"text": jnp.sum(batch.text_loss_mask, dtype=jnp.float32)}
+    total, nll = text_nll(
+        output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, config.loss.text_chunk,
+        config.num_row_shards,
+    )  # fmt: skip
+    sums, counts = {"text": total}, {"text": jnp.sum(batch.text_loss_mask, dtype=jnp.float32)}
     num_sources = len(config.data.sources)
     sums["text_by_source"], counts["text_by_source"] = _by_source(nll, batch.text_loss_mask, batch, num_sources)
     loss = sums["text"] / jnp.maximum(denominators["text"], 1.0)
@@ -176,24 +162,29 @@ def _by_source(values: jax.Array, mask: jax.Array, batch: Batch, num_sources: in
 def _visual_terms(
     config: Config, predicted: jax.Array, batch: Batch, target: VisionOutput
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The visual loss, and beside it the two baselines that need no model: the mean embedding and the previous one."""
+    """The visual loss, the two baselines that need no model, and the distance that the copy alarm watches.
+
+    The mean embedding is that of the (micro)batch. `copy_previous_cosine` has the same scale whatever the loss is.
+    """
     embeddings = target_space(config.objective, target)
     at_position = jnp.take_along_axis(embeddings, batch.visual_index[..., None], axis=1)
+    wanted = normalise_target(at_position, config.loss)
     mask = batch.visual_loss_mask
-    previous = jnp.roll(at_position, 1, axis=1)
     has_previous = mask & jnp.roll(batch.visual_mask, 1, axis=1)
     count = jnp.sum(mask, dtype=jnp.float32)
-    mean = jnp.sum(jnp.where(mask[..., None], at_position, 0.0), axis=(0, 1)) / jnp.maximum(count, 1.0)
+    mean = jnp.sum(jnp.where(mask[..., None], wanted, 0.0), axis=(0, 1)) / jnp.maximum(count, 1.0)
+
+    def distance(guess: jax.Array) -> jax.Array:
+        return embedding_distance(guess, wanted, config.loss)
+
     distances = {
-        "visual": (jnp.roll(predicted, 1, axis=1), mask),
-        "visual_copy_previous": (previous, has_previous),
-        "visual_mean_embedding": (jnp.broadcast_to(mean, at_position.shape), mask),
+        "visual": (distance(jnp.roll(predicted, 1, axis=1)), mask),
+        "visual_copy_previous": (distance(jnp.roll(wanted, 1, axis=1)), has_previous),
+        "visual_mean_embedding": (distance(jnp.broadcast_to(mean, wanted.shape)), mask),
+        "copy_previous_cosine": (cosine_distance(jnp.roll(at_position, 1, axis=1), at_position), has_previous),
     }
-    sums, counts = {}, {}
-    for name, (guess, valid) in distances.items():
-        distance = embedding_distance(guess, at_position, config.loss)
-        sums[name] = jnp.sum(jnp.where(valid, distance, 0.0))
-        counts[name] = jnp.sum(valid, dtype=jnp.float32)
+    sums = {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, (value, valid) in distances.items()}
+    counts = {name: jnp.sum(valid, dtype=jnp.float32) for name, (_, valid) in distances.items()}
     return sums, counts
 
 

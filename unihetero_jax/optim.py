@@ -60,7 +60,7 @@ def clip_by_group(
     """Clips each gradient-isolated group of components to a global norm of its own.
 
     Returns:
-        The clipped gradients, the norm of each group before clipping (named by its first component), and whether
+        The clipped gradients, the norm of each group before clipping (named `a+b`), and whether
         everything is finite.
     """
     clipped: Tree = {}
@@ -72,7 +72,7 @@ def clip_by_group(
         norm = optax.tree.norm(members)
         scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         clipped |= jax.tree.map(lambda g, scale=scale: g * scale, members)
-        norms[next(iter(members))] = norm
+        norms["+".join(members)] = norm
     return clipped, norms, jnp.all(jnp.isfinite(jnp.stack(list(norms.values()))))
 
 

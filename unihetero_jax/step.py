@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from unihetero_jax import optim
-from unihetero_jax.arrays import Batch, LossOutput, pytree_dataclass
+from unihetero_jax.arrays import Batch, LossOutput, StepMetrics
 from unihetero_jax.config import Config
 from unihetero_jax.model import unihetero
 from unihetero_jax.objectives import GRADIENT_GROUPS, compute_loss, count_targets, visual_weight
@@ -16,31 +16,6 @@ from unihetero_jax.sharding import activation_mesh, batch_sharding
 from unihetero_jax.state import TrainState, create_state, state_shardings, update_ema
 
 Params = dict[str, Any]
-
-
-@pytree_dataclass
-class StepMetrics:
-    """What a step reports; fetched a step late, so the loop never waits for the device.
-
-    Attributes:
-        loss: the total that was differentiated.
-        sums, counts: per term.
-        gradient_norms: per gradient-isolated group, before clipping.
-        finite: whether the update was applied.
-        visual_weight: lambda.
-        batch_hash: two 32-bit halves, reduced from `Batch.row_hash`.
-        consecutive_skips, skipped: counters after the step.
-    """
-
-    loss: Any
-    sums: dict[str, Any]
-    counts: dict[str, Any]
-    gradient_norms: dict[str, Any]
-    finite: Any
-    visual_weight: Any
-    batch_hash: Any
-    consecutive_skips: Any
-    skipped: Any
 
 
 def loss_terms(

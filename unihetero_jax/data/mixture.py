@@ -48,6 +48,13 @@ def image_spec(config: Config) -> ImageSpec:
     return ImageSpec(config.model.encoder.patch_size, config.data.image_min_patches, config.data.image_max_patches)
 
 
+def open_split(config: Config, tokenizer: Tokenizer, name: str, split: str) -> Source:
+    """The `train` or `val` split of a source of the configuration. Raises ValueError if it is not whole."""
+    spec = image_spec(config)
+    key = index_key(tokenizer.hash, spec)
+    return open_source(name, config.data.sources[name].path, split, key, config.data.tokenizer, spec)
+
+
 def _key(*parts: Any) -> int:
     """64-bit key of a purpose, the same on every machine."""
     text = "|".join(map(str, parts))
@@ -349,11 +356,7 @@ class MixtureDataset(grain.IterDataset):
         if wrong or not self.rows:
             raise ValueError(f"rows {self.rows}: give rows of a batch of train.global_batch_rows {batch_rows}")
         self.config, self.tokenizer = config, tokenizer
-        key = index_key(tokenizer.hash, image_spec(config))
-        self.sources = {
-            name: open_source(name, source.path, "train", key, config.data.tokenizer)
-            for name, source in config.data.sources.items()
-        }
+        self.sources = {name: open_split(config, tokenizer, name, "train") for name in config.data.sources}
 
     def __iter__(self) -> "TrainIterator":
         return TrainIterator(self)
@@ -442,6 +445,11 @@ class TrainIterator(grain.DatasetIterator):
                 future.cancel()
         self._restart(position, int(state.get("batch", 0)))
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """What each source's folder holds, by name: two folders of one digest give the same stream."""
+        return {name: source.digest for name, source in self._sources.items()}
+
     def close(self) -> None:
         """Stops the threads and closes the files. Further `__next__` raises."""
         if self._closed:
@@ -512,8 +520,6 @@ class TrainIterator(grain.DatasetIterator):
         self._num_samples += len(batch.sample_ids)
         room = MAX_WARNINGS - len(self.warnings)
         self.warnings += batch.failures[: max(room, 0)]
-        for failure in batch.failures[: max(room, 0)]:
-            _log.warning("masked: %s", failure)
         limit = self._config.data.max_failed_share
         if self._num_samples >= FAILED_MIN_SAMPLES and self._num_failed > limit * self._num_samples:
             raise ValueError(
@@ -566,9 +572,7 @@ def validation_batches(config: Config, tokenizer: Tokenizer, source_name: str) -
     """
     if source_name not in config.data.sources:
         raise ValueError(f"data.sources has no {source_name!r}; there are {', '.join(config.data.sources)}")
-    key = index_key(tokenizer.hash, image_spec(config))
-    path = config.data.sources[source_name].path
-    source = open_source(source_name, path, "val", key, config.data.tokenizer)
+    source = open_split(config, tokenizer, source_name, "val")
     try:
         reader = RowReader(config, tokenizer, {source_name: source}, augment=False)
         empty = packing.empty_row(

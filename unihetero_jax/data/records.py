@@ -3,24 +3,28 @@
 Everything that a preparation on a cluster and a loader on a training host must agree on is here, and nothing else.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import math
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import msgpack
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, TiffImagePlugin
 
 RECORD_VERSION = 1
 MERGE_SIZE = 2
 """A visual token stands for a block of 2x2 patches (the Semantic Encoder's merge)."""
 MAX_IMAGE_PIXELS = 64_000_000
 """Larger images are refused from the header alone, before any pixel is decoded (our choice: 8,000 x 8,000)."""
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")
+"""What may be opened. Pillow knows some forty more: rare ones whose decoders few have tested on hostile bytes, and EPS,
+which runs an external program on them. MPO is what some cameras write under the name of JPEG."""
 MAX_TEXT_CHARS = 1_000_000
 """Longer text in one segment is refused (our choice: tokenization stays bounded in time and memory)."""
 
@@ -70,12 +74,15 @@ class Record:
         kind: caption, image (text to image), vqa, text or interleaved; for counting, not for behaviour.
         segments: in reading order; branch 0 first, then branches 1, 2, ... contiguously.
         meta: small strings and numbers worth keeping (id, path, licence).
+        where: raw file and place in it, for the message of a preparation that must drop the record. Not stored, so it
+            has no part in what a record is.
     """
 
     source: str
     kind: str
     segments: tuple[Segment, ...]
     meta: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
+    where: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
         branches = [s.branch for s in self.segments if isinstance(s, TextSegment)]
@@ -153,44 +160,66 @@ def content_hash(data: bytes) -> int:
 
 
 def probe_image(data: bytes) -> tuple[int, int]:
-    """Reads (height, width) from the header, as the image will stand after EXIF rotation. Decodes no pixel.
+    """Reads (height, width) as the image will stand after EXIF rotation; `decode_image` gives exactly this size.
+
+    The header suffices, except for a PNG without EXIF before its pixels: it is decoded to look for EXIF behind them.
 
     Raises:
-        RecordError: `empty_image`, `not_an_image`, or `image_too_large`.
+        RecordError: `empty_image`, `not_an_image`, `image_too_large`, or `truncated_image` (also: its EXIF is damaged).
     """
-    with _open_image(data) as image:
-        return _oriented_size(image)
+    with _open_image(data) as image, _decoding():
+        rotated = _orientation(image) in _QUARTER_TURNS
+        if isinstance(image, TiffImagePlugin.TiffImageFile):  # its size has the tag's rotation, though not that of XMP
+            rotated ^= image.tag_v2.get(_ORIENTATION_TAG) in _QUARTER_TURNS
+        return (image.width, image.height) if rotated else (image.height, image.width)
 
 
 def decode_image(data: bytes) -> np.ndarray:
     """Decodes image bytes to `uint8[height, width, 3]`.
 
     The result is defined for every mode: EXIF rotation is applied; the first frame of an animation is taken; alpha and
-    palette transparency are composed on white; 16-bit is scaled to 8-bit; CMYK and greyscale are converted.
+    transparent colours are composed on white; CMYK and greyscale are converted. Greyscale of 16 bits is scaled to 8;
+    integers of 32 bits are taken for 16-bit values in a wide file and clipped to them; floats are scaled so that the
+    largest finite value is white, and what is negative or no number is black.
 
     Raises:
         RecordError: `empty_image`, `not_an_image`, `image_too_large`, or `truncated_image` (never a half-grey image).
     """
-    with _open_image(data) as image:
-        _oriented_size(image)
-        try:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
-            raise RecordError("truncated_image", str(error)) from error
+    with _open_image(data) as image, _decoding():
+        orientation = _orientation(image)
+        image.load()
+        # Not ImageOps.exif_transpose: it writes the EXIF anew, which fails for odd values. A TIFF turns itself in load.
+        if orientation in _TRANSPOSITIONS and not isinstance(image, TiffImagePlugin.TiffImageFile):
+            return np.asarray(_to_rgb(image.transpose(_TRANSPOSITIONS[orientation])))
         return np.asarray(_to_rgb(image))
+
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each EXIF orientation; any other value means upright."""
+_QUARTER_TURNS = (5, 6, 7, 8)
+
+# Pillow warns of sizes between our limit, which refuses them anyway, and twice its own, where it raises. Muted once at
+# import: `warnings.catch_warnings` around each image would change the whole process's filters from many threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _open_image(data: bytes) -> Image.Image:
     if not data:
         raise RecordError("empty_image", "0 bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit below is stricter
-            image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # a warning where warnings raise
         raise RecordError("image_too_large", str(error)) from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # decoders fail on hostile bytes in ways that no list of exceptions keeps up with
         raise RecordError("not_an_image", f"{error} (first bytes {data[:8]!r})") from error
     if image.width * image.height > MAX_IMAGE_PIXELS:
         size = f"{image.width} x {image.height} pixels, limit {MAX_IMAGE_PIXELS}"
@@ -199,24 +228,39 @@ def _open_image(data: bytes) -> Image.Image:
     return image
 
 
-def _oriented_size(image: Image.Image) -> tuple[int, int]:
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Whatever goes wrong with an image that was opened: its bytes are at fault, and the sample can be left out."""
     try:
-        rotated = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise RecordError("truncated_image", str(error)) from error
-    return (image.width, image.height) if rotated else (image.height, image.width)
+        yield
+    except Exception as error:
+        raise RecordError("truncated_image", f"{type(error).__name__}: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(_ORIENTATION_TAG, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image, np.float64)
-        scale = 65535.0 if image.mode != "F" else max(values.max(), 1e-9)
-        image = Image.fromarray(np.clip(values / scale * 255 + 0.5, 0, 255).astype(np.uint8))
+        image = Image.fromarray(_to_eight_bits(image))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(background, image)
     return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image, np.float64)
+    white = 65535.0
+    if image.mode == "F":
+        white = max(values.max(initial=0, where=np.isfinite(values)), 1e-9)
+        values = np.nan_to_num(values, nan=0, posinf=white, neginf=0)
+    transparent = image.info.get("transparency")  # of 16-bit greyscale: one value; composed on white like any other
+    if isinstance(transparent, int):
+        values = np.where(values == transparent, white, values)
+    return np.clip(values / white * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def image_grid(height: int, width: int, spec: ImageSpec) -> tuple[int, int]:

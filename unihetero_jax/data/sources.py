@@ -2,16 +2,18 @@
 
 import bisect
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
-from unihetero_jax.data.records import INDEX_DTYPE, RECORD_VERSION, RecordError
+from unihetero_jax.data.records import INDEX_DTYPE, RECORD_VERSION, ImageSpec, RecordError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Source:
         paths: its shard files, in record order.
         readers: one reader per file; safe to share between threads.
         ends: number of records up to and including each file.
+        digest: of the content of all record files of the folder, as its manifest states it.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Source:
     paths: tuple[str, ...]
     readers: tuple[Any, ...]
     ends: tuple[int, ...]
+    digest: str
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -62,7 +66,7 @@ class Source:
         return file, record - (self.ends[file - 1] if file else 0)
 
 
-def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: str = "TOKENIZER") -> Source:
+def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: str, spec: ImageSpec) -> Source:
     """Opens a split ("train" or "val") of a prepared folder, after checking that it is whole.
 
     Args:
@@ -70,7 +74,7 @@ def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: st
         path: the prepared folder.
         split: `train` or `val`.
         key: `records.index_key` of the tokenizer and image spec in use.
-        tokenizer_folder: of that tokenizer, for the message that names the remedy.
+        tokenizer_folder, spec: that tokenizer's folder and that image spec, for the message that names the remedy.
 
     Raises:
         ValueError: the folder, its manifest, a shard file or the index is missing or does not fit; or the split is
@@ -78,18 +82,15 @@ def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: st
     """
     field, folder = f"data.sources.{name}.path", Path(path)
     manifest = _read_manifest(field, folder)
-    count = _declared_records(field, folder, manifest, split)
+    count, sizes = _declared(field, folder, manifest, split)
     if count == 0 and split == "train":
         raise ValueError(
             f"{field}: {folder} holds no training record (manifest.json says num_records.train = 0); "
             "check what the preparation dropped, or remove the source"
         )
-    files = sorted(
-        file for file in manifest["files"] if file.startswith(f"{split}-") and file.endswith(".array_record")
-    )
-    for file in files:
-        _check_size(field, folder / file, int(manifest["files"][file]["bytes"]))
-    paths = tuple(os.fspath(folder / file) for file in files)
+    for file, size in sizes.items():
+        _check_size(field, folder / file, size)
+    paths = tuple(os.fspath(folder / file) for file in sizes)
     readers = tuple(_open_reader(field, file) for file in paths)
     ends = tuple(itertools.accumulate(len(reader) for reader in readers))
     if (ends[-1] if ends else 0) != count:
@@ -97,7 +98,9 @@ def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: st
             f"{field}: the {split} files of {folder} hold {ends[-1] if ends else 0} records, manifest.json "
             f"says {count}; prepare the folder again"
         )
-    return Source(name, _read_index(field, folder, split, key, count, tokenizer_folder), paths, readers, ends)
+    remedy = _index_command(folder, tokenizer_folder, spec)
+    index = _read_index(field, folder, split, key, count, remedy)
+    return Source(name, index, paths, readers, ends, _digest(manifest))
 
 
 def _read_manifest(field: str, folder: Path) -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _read_manifest(field: str, folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["record_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{field}: {path} cannot be read ({error!r}); prepare the folder again") from error
     if version != RECORD_VERSION:
         raise ValueError(
@@ -124,13 +127,24 @@ def _read_manifest(field: str, folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _declared_records(field: str, folder: Path, manifest: dict[str, Any], split: str) -> int:
+def _declared(field: str, folder: Path, manifest: dict[str, Any], split: str) -> tuple[int, dict[str, int]]:
+    """How many records a split has and how large each of its files is, in record order, as the manifest says."""
     try:
-        return int(manifest["num_records"].get(split, 0)) if manifest["files"] is not None else 0
+        files = {
+            file: int(entry["bytes"])
+            for file, entry in sorted(manifest["files"].items())
+            if file.startswith(f"{split}-") and file.endswith(".array_record")
+        }
+        return int(manifest["num_records"].get(split, 0)), files
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{field}: {folder / 'manifest.json'} lacks num_records or files ({error!r}); prepare the folder again"
         ) from error
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    files = {name: entry for name, entry in manifest["files"].items() if name.endswith(".array_record")}
+    return hashlib.blake2b(json.dumps(files, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _check_size(field: str, path: Path, expected: int) -> None:
@@ -149,11 +163,19 @@ def _open_reader(field: str, path: str) -> Any:
         ) from error
 
 
-def _read_index(field: str, folder: Path, split: str, key: str, count: int, tokenizer_folder: str) -> np.ndarray:
+def _index_command(folder: Path, tokenizer_folder: str, spec: ImageSpec) -> str:
+    """What makes the index that is missing: the spec's flags have defaults, which would give another index."""
+    flags = [
+        f"--tokenizer={tokenizer_folder}", f"--patch-size={spec.patch_size}", f"--min-patches={spec.min_patches}",
+        f"--max-patches={spec.max_patches}",
+    ]  # fmt: skip
+    return "run: " + shlex.join(["python", "-m", "data_pipelines.index", os.fspath(folder), *flags])
+
+
+def _read_index(field: str, folder: Path, split: str, key: str, count: int, remedy: str) -> np.ndarray:
     if count == 0:
         return np.zeros(0, INDEX_DTYPE)
     path = folder / "index" / f"{key}.{split}.npy"
-    remedy = f"run: python -m data_pipelines.index {folder} --tokenizer={tokenizer_folder}"
     if not path.is_file():
         raise ValueError(
             f"{field}: no index of lengths for this tokenizer, model.encoder.patch_size and "

@@ -5,8 +5,8 @@ others cannot come from a collapsed space.
 """
 
 import dataclasses
+import hashlib
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 
 from unihetero_jax.arrays import Batch
 from unihetero_jax.config import MERGED_PATCHES, Config
-from unihetero_jax.data.mixture import image_spec
+from unihetero_jax.data.mixture import image_spec, open_split
 from unihetero_jax.data.packing import (
     ImagePiece,
     PackedSample,
@@ -24,59 +24,59 @@ from unihetero_jax.data.packing import (
     sample_from_record,
     stack_rows,
 )  # fmt: skip
-from unihetero_jax.data.records import FLAG_GENERATED_IMAGE, Record, deserialize, index_key
-from unihetero_jax.data.sources import open_source
+from unihetero_jax.data.records import FLAG_GENERATED_IMAGE, deserialize
+from unihetero_jax.data.sources import Source
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.inference.generate import prompt_batch
 from unihetero_jax.inference.rollout import rollout
 from unihetero_jax.model.unihetero import Params, build
 
 
-def generation_records(config: Config, tokenizer: Tokenizer, source: str) -> Iterator[Record]:
-    """Validation records of a source that ask for exactly one image from text, in stored order."""
-    key = index_key(tokenizer.hash, image_spec(config))
-    opened = open_source(source, config.data.sources[source].path, "val", key, config.data.tokenizer)
-    try:
-        index = opened.index
-        wanted = np.flatnonzero((index["flags"] & FLAG_GENERATED_IMAGE > 0) & (index["num_images"] == 1))
-        for record in wanted:
-            yield deserialize(opened.read(int(record)))
-    finally:
-        opened.close()
+def check_candidates(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ValueError unless `eval.rollout_source` has `eval.rollout_candidates` usable records."""
+    source, needed = config.eval.rollout_source, config.eval.rollout_candidates
+    opened = open_split(config, tokenizer, source, "val")
+    found = len(_drawn_records(opened))
+    opened.close()
+    if found < needed:
+        raise ValueError(
+            f"eval.rollout_source: {found} validation records of {source} ask for one image, eval.rollout_candidates "
+            f"are {needed}; lower eval.rollout_candidates, or name another source (empty: no rollout)"
+        )
 
 
-def rollout_retrieval(
-    config: Config, params: Params, tokenizer: Tokenizer, source: str, num_candidates: int = 64
-) -> dict[str, Any]:
+def _drawn_records(source: Source) -> np.ndarray:
+    """Numbers of the records that ask for exactly one image from text."""
+    index = source.index
+    return np.flatnonzero((index["flags"] & FLAG_GENERATED_IMAGE > 0) & (index["num_images"] == 1))
+
+
+def rollout_retrieval(config: Config, params: Params, tokenizer: Tokenizer) -> dict[str, Any]:
     """Rolls images out from unseen captions and looks each up among the true ones.
 
     Distance: cosine of the whole image's embeddings after removing each position's mean over the candidates, so that
     what all images share cannot help.
 
     Args:
-        config: the run's.
+        config: the run's; `eval.rollout_source` and `eval.rollout_candidates` say from which captions.
         params: parameters.
         tokenizer: the run's.
-        source: name of a source with text-to-image records.
-        num_candidates: images to choose from; chance is 1 / num_candidates.
 
     Returns:
-        `retrieval` (share found), `chance`, `standard_error`, `num_candidates`, and mean cosine distances of the free
-        rollout, of the mean embedding and of copying the previous one: `free_running`, `mean_embedding`,
-        `copy_previous`; `within_spread` of the true embeddings; `free_running_by_position`.
+        `source` and `data_hash` of the captions, `retrieval` (share found), `chance`, `standard_error`,
+        `num_candidates`, and mean cosine distances of the free rollout, of the mean embedding and of copying the
+        previous one: `free_running`, `mean_embedding`, `copy_previous`; `within_spread` of the true embeddings;
+        `free_running_by_position`.
 
     Raises:
-        ValueError: the source has fewer than `num_candidates` usable records.
+        ValueError: too few usable records, or images of different grids.
     """
-    spec = image_spec(config)
-    samples = [
-        sample_from_record(record, tokenizer, spec)
-        for record in itertools.islice(generation_records(config, tokenizer, source), num_candidates)
-    ]
-    if len(samples) < num_candidates:
-        raise ValueError(
-            f"data.sources.{source}: {len(samples)} validation records generate an image, {num_candidates} are needed"
-        )
+    check_candidates(config, tokenizer)
+    source, spec = config.eval.rollout_source, image_spec(config)
+    opened = open_split(config, tokenizer, source, "val")
+    stored = [opened.read(int(record)) for record in _drawn_records(opened)[: config.eval.rollout_candidates]]
+    opened.close()
+    samples = [sample_from_record(deserialize(data), tokenizer, spec) for data in stored]
     grids = {sample_grid(sample, spec.patch_size) for sample in samples}
     if len(grids) > 1:
         raise ValueError(
@@ -85,7 +85,9 @@ def rollout_retrieval(
     grid = grids.pop()
     true = np.asarray(_true_embeddings(config, params, _image_batch(config, tokenizer, samples)))
     drawn = np.asarray(rollout(config, params, drawing_prompts(config, tokenizer, samples, grid), grid[0] * grid[1]))
-    return _compare(drawn.astype(np.float64), true[:, : drawn.shape[1]].astype(np.float64))
+    data_hash = hashlib.blake2b(b"".join(stored), digest_size=8).hexdigest()
+    compared = _compare(drawn.astype(np.float64), true[:, : drawn.shape[1]].astype(np.float64))
+    return {"source": source, "data_hash": data_hash, **compared}
 
 
 def drawing_prompts(config: Config, tokenizer: Tokenizer, samples: list[PackedSample], grid: tuple[int, int]) -> Batch:

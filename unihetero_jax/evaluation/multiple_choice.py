@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from unihetero_jax.config import Config
+from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import (
     PackedSample,
     Piece,
@@ -92,7 +93,7 @@ def score_items(
         tokenizer: the one the model was trained with.
         config: `data.row_tokens`, `data.row_patches`, the image spec and `eval.batch_rows` are used.
         log_probs: from packed arrays (the fields of `arrays.Batch`, leading axis `eval.batch_rows`) to `float[B,T]`,
-            log p(tokens[t] | what t may see before it) at the target's own position.
+            log p(tokens[t] | what t may see before it) at the target's own position, where `text_loss_mask`.
         without_image: leave the pictures out of the prompts.
         on_progress: called with (rows scored, rows in all) after every batch.
 
@@ -131,11 +132,6 @@ def score_items(
         if on_progress:
             on_progress(min(start + batch_rows, len(plan)), len(plan))
     return [_collect(position, prompts, sums, unscored) for position in range(len(items))]
-
-
-def image_spec(config: Config) -> ImageSpec:
-    """The image transform of a configuration."""
-    return ImageSpec(config.model.encoder.patch_size, config.data.image_min_patches, config.data.image_max_patches)
 
 
 def prompt_text(item: Item) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from unihetero_jax.config import Config, config_hash
+from unihetero_jax.config import Config
 from unihetero_jax.data.records import PROMPT_TEMPLATE
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.evaluation.benchmarks import (
@@ -36,7 +36,8 @@ SCORER_RULE = "likelihood, sum of log-probabilities of the option text"
 BENCHMARK_SUFFIXES = (".tsv", ".json", ".jsonl")
 
 LogProbs = Callable[[dict[str, np.ndarray]], np.ndarray]
-"""From a packed batch (the fields of `arrays.Batch`) to `float[B,T]`: log p(tokens[t] | what t may see before it)."""
+"""From a packed batch (the fields of `arrays.Batch`) to `float[B,T]`: log p(tokens[t] | what t may see before it) where
+`text_loss_mask`."""
 
 
 def select_benchmarks(configured: Mapping[str, str], requested: Sequence[str]) -> dict[str, str]:
@@ -74,6 +75,7 @@ def evaluate(
     benchmarks: Mapping[str, str],
     *,
     step: int,
+    config_hash: str,
     output_dir: str | Path | None,
     without_image: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -86,6 +88,7 @@ def evaluate(
         tokenizer: the run's tokenizer.
         benchmarks: name -> questions file; see `select_benchmarks`.
         step: training step of the parameters behind `log_probs`.
+        config_hash: of the configuration that they were trained with (`config` may have other evaluation settings).
         output_dir: folder of the result files, created if missing; normally `<workdir>/eval`. None writes nothing (all
             processes but one on a multi-process run).
         without_image: also score with the picture left out of the prompt; adds `accuracy_without_image` to every
@@ -115,7 +118,7 @@ def evaluate(
         blind = (
             score_items(benchmark.items, tokenizer, config, log_probs, without_image=True) if without_image else None
         )
-        results[name] = _result(name, benchmark, scores, blind, config, step)
+        results[name] = _result(name, benchmark, scores, blind, config) | {"config_hash": config_hash, "step": step}
         if output_dir is not None:
             write_json(Path(output_dir) / f"{name}-{step}.json", results[name])
     return results
@@ -127,7 +130,6 @@ def _result(
     scores: Sequence[OptionScores],
     blind: Sequence[OptionScores] | None,
     config: Config,
-    step: int,
 ) -> dict[str, Any]:
     items, data = benchmark.items, config.data
     overall, by_category = summarize(items, scores), summarize_by_category(items, scores)
@@ -148,8 +150,6 @@ def _result(
             "min_patches": data.image_min_patches,
             "max_patches": data.image_max_patches,
         },
-        "config_hash": config_hash(config),
-        "step": step,
         "overall": overall,
         "by_category": by_category,
         "yes_no": yes_no_metrics(items, [score.by_sum for score in scores]),

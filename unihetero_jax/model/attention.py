@@ -65,9 +65,24 @@ def attend(
     value: Float[Array, "B K G d"],
     mask: Bool[Array, "B T K"],
 ) -> Float[Array, "B T H*d"]:
-    """Grouped-query attention (arXiv 2305.13245): H query heads share G key/value heads.
+    """Grouped-query attention (arXiv 2305.13245): H query heads share G key/value heads. Softmax in float32.
+
+    The softmax is normalised after the product with the values (as in FlashAttention, arXiv 2205.14135): its sum
+    divides [T, d] values instead of [T, K] weights, and its backward pass reduces over no weights. The heads of a group
+    are folded into the rows of one matrix product. `benchmarks/attention.py` measures it against
+    `jax.nn.dot_product_attention`.
 
     A position that may see nothing (padding) gets finite values, so no NaN can spread from it.
     """
-    out = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
-    return out.reshape(*out.shape[:2], -1)
+    num_rows, length, num_heads, head_dim = query.shape
+    num_keys, num_groups = key.shape[1:3]
+    folded = (num_rows, num_groups, num_heads // num_groups * length, head_dim)
+    query = query.reshape(num_rows, length, num_groups, -1, head_dim).transpose(0, 2, 3, 1, 4).reshape(folded)
+    logits = jnp.matmul(query * head_dim**-0.5, key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    by_head = logits.reshape(num_rows, num_groups, -1, length, num_keys)
+    masked = jnp.where(mask[:, None, None], by_head, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(masked - jax.lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True)))
+    folded_weights = weights.astype(value.dtype).reshape(num_rows, num_groups, -1, num_keys)
+    summed = jnp.matmul(folded_weights, value.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
+    out = summed.reshape(num_rows, num_groups, -1, length, head_dim) / jnp.sum(weights, axis=-1)[..., None]
+    return out.astype(value.dtype).transpose(0, 3, 1, 2, 4).reshape(num_rows, length, -1)

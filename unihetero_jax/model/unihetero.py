@@ -38,7 +38,7 @@ class UniHetero(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, objective: Objective, keys: ParamKeys):
-        self.config = config
+        self.config, self.objective = config, objective
         self.encoder = VisionEncoder(config.encoder, keys.child("encoder"))
         self.projector = Projector(config, keys.child("projector"))
         self.decoder = Decoder(config.decoder, token_embedding_rms(config), keys.child("decoder"))
@@ -56,8 +56,8 @@ class UniHetero(nnx.Module):
 
         Args:
             batch: packed rows.
-            cut_input_gradient: stop the gradient at visual *inputs* of images that carry the visual loss, so that the
-                loss cannot be lowered by making its own inputs easy to predict from.
+            cut_input_gradient: stop the gradient at the visual *inputs* of samples with an image that carries the
+                visual loss, so that the loss cannot be lowered by making its own inputs easy to predict from.
         """
         vision = self.see(batch)
         x = constrain(self.embed(batch, vision, cut_input_gradient), "batch", "sequence", "replicated")
@@ -81,7 +81,9 @@ class UniHetero(nnx.Module):
         tokens = self.decoder.embed(batch.tokens, batch.boi_grid, self.dtype)
         visual = jnp.take_along_axis(vision.visual_embeddings, batch.visual_index[..., None], axis=1)
         if cut_input_gradient:
-            visual = jnp.where(batch.visual_loss_mask[..., None], jax.lax.stop_gradient(visual), visual)
+            same_sample = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
+            is_cut = jnp.any(same_sample & batch.visual_loss_mask[:, None, :], axis=-1, keepdims=True)
+            visual = jnp.where(is_cut, jax.lax.stop_gradient(visual), visual)
         return jnp.where(batch.visual_mask[..., None], visual, tokens)
 
     @typechecked
@@ -108,12 +110,13 @@ class UniHetero(nnx.Module):
     def predict_embedding(self, hidden: Float[Array, "B D"]) -> Float[Array, "B D"]:
         """The input embedding that the Generation Head expects next, ready to be fed back in a rollout.
 
-        A prediction in encoder space goes through the Semantic Encoder; one in input space gets its scale back.
+        Either space gets its scale back, which a cosine loss leaves open; a prediction in encoder space then goes
+        through the Semantic Encoder.
         """
         predicted = self.semantic_head(hidden)
-        if predicted.shape[-1] == self.config.decoder.dim:
-            return self.projector.rescale(predicted)
-        return self.projector(predicted)
+        if self.objective == "semantic_encoder":
+            return self.projector(self.encoder.rescale_merged(predicted))
+        return self.projector.rescale(predicted)
 
     @property
     def dtype(self) -> jnp.dtype:

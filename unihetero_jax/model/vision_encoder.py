@@ -1,12 +1,11 @@
 """Visual Encoder: a ViT over packed patches of images at native aspect ratio (SigLIP 2 NaFlex, arXiv 2502.14786)."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from unihetero_jax.arrays import typechecked
-from unihetero_jax.config import EncoderConfig
+from unihetero_jax.config import MERGED_PATCHES, EncoderConfig
 from unihetero_jax.model.attention import attend, encoder_mask
 from unihetero_jax.model.layers import MLP, LayerNorm, Linear, ParamKeys, parameter, scan_layers, stack_layers
 
@@ -90,8 +89,24 @@ class VisionEncoder(nnx.Module):
         x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, mask), None), self.config.remat)
         return self.norm(x)
 
+    @typechecked
+    def rescale_merged(self, direction: Float[Array, "*batch M"]) -> Float[Array, "*batch M"]:
+        """Gives merged features known up to scale the length that the final norm would give them.
 
-def merge_patches(features: jax.Array) -> jax.Array:
-    """[B, P, E] to [B, P/4, 4E]: patches are stored block-major, so the 2x2 merge is a reshape."""
-    batch, num_patches, dim = features.shape
-    return features.reshape(batch, num_patches // 4, 4 * dim)
+        Without gain g and bias b the norm's output has mean square 1; so the scale c solves
+        mean(((c v - b) / g)^2) = 1.
+        """
+        gain, bias = (jnp.tile(x[...], MERGED_PATCHES) for x in (self.norm.gain, self.norm.bias))
+        v = direction.astype(jnp.float32) / gain
+        offset = bias / gain
+        square, product = jnp.mean(v * v, axis=-1, keepdims=True), jnp.mean(v * offset, axis=-1, keepdims=True)
+        # No solution only if the bias alone is longer than 1: then the nearest point of the ray.
+        root = jnp.sqrt(jnp.maximum(product**2 - square * (jnp.mean(offset * offset) - 1.0), 0.0))
+        return (direction * ((product + root) / jnp.maximum(square, 1e-12))).astype(direction.dtype)
+
+
+@typechecked
+def merge_patches(features: Float[Array, "B P E"]) -> Float[Array, "B U 4*E"]:
+    """Patches are stored block-major, so the 2x2 merge is a reshape."""
+    num_rows, num_patches, dim = features.shape
+    return features.reshape(num_rows, num_patches // MERGED_PATCHES, MERGED_PATCHES * dim)

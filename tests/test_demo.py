@@ -1,0 +1,118 @@
+"""The demo's path in miniature: train, evaluate, roll out, caption, draw, export; and what a finished run leaves."""
+
+import json
+import types
+
+import pytest
+from PIL import Image
+
+from experiments import demo
+from unihetero_jax import cli
+
+KINDS = {"color", "shape", "location", "count", "relation", "existence"}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_experiment, tiny_world, tmp_path_factory):
+    """A demo of two steps: (workdir, summary, what it printed)."""
+    config = tiny_experiment(
+        train__num_steps=2, eval__rollout_source="generation", eval__rollout_candidates=8,
+        eval__benchmarks={name: str(tiny_world / f"{file}.tsv") for name, file in (
+            ("scenes", "questions"), ("scenes_heldout", "questions_heldout"))},
+    )  # fmt: skip
+    workdir = tmp_path_factory.mktemp("demo") / "run"
+    return workdir, demo.run_demo(config, workdir), config
+
+
+def test_the_summary_has_the_keys_that_scripts_rely_on(finished):
+    workdir, summary, _ = finished
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert summary["accuracy"].keys() == {"overall", *KINDS}
+    assert summary["accuracy_heldout"].keys() == {"overall", *KINDS - {"count"}}, "counting has no pair to hold out"
+    assert summary["wall_s"] > 0 and 0 < summary["peak_rss_gib"] < 24
+    assert summary["rollout"]["num_candidates"] == 8 and summary["rollout"]["chance"] == 1 / 8
+
+
+def test_summary_and_result_files_agree(finished):
+    workdir, summary, _ = finished
+    result = json.loads((workdir / "eval" / "scenes-2.json").read_text())
+    assert summary["accuracy"]["overall"] == result["overall"]["accuracy"]
+    right = list(result["items"].values())
+    assert result["overall"]["accuracy"] == pytest.approx(sum(right) / len(right))
+    for name in ("prompt_template", "scorer", "data_hash", "config_hash", "image_transform"):
+        assert result[name], name
+    rollout = json.loads((workdir / "eval" / "rollout-2.json").read_text())
+    assert (
+        rollout["config_hash"] == result["config_hash"] and rollout["data_hash"] and rollout["source"] == "generation"
+    )
+
+
+def test_an_untrained_model_sets_the_retrieval_alarm_off(finished, capsys):
+    """Two steps teach nothing: with an alarm at 1 the rollout must raise it, with one at 0 it must not."""
+    workdir, _, _ = finished
+    for threshold, alarms in (("1.1", ["rollout_retrieval"]), ("0.0", [])):
+        flags = ["evaluate", f"--workdir={workdir}", "--rollout", "--benchmarks=scenes"]
+        assert cli.main([*flags, f"--config.diagnostics.retrieval_alarm={threshold}"]) == 0
+        assert ("ALARM: rollout retrieval" in capsys.readouterr().out) == bool(alarms)
+        assert json.loads((workdir / "eval" / "rollout-2.json").read_text())["alarms"] == alarms
+
+
+def test_overrides_of_an_evaluation_keep_the_runs_identity(finished):
+    workdir, _, _ = finished
+    trained = json.loads((workdir / "eval" / "scenes-2.json").read_text())
+    flags = ["evaluate", f"--workdir={workdir}", "--benchmarks=scenes", "--config.eval.batch_rows=8"]
+    assert cli.main(flags) == 0
+    again = json.loads((workdir / "eval" / "scenes-2.json").read_text())
+    assert again["config_hash"] == trained["config_hash"]
+    assert again["predictions"] == trained["predictions"]
+
+
+def test_the_sheet_is_a_picture_with_content(finished):
+    workdir, _, _ = finished
+    picture = Image.open(workdir / "sheet.png").convert("RGB")
+    assert min(picture.size) > 300 and len(picture.getcolors(2**20)) > 50
+
+
+def test_a_finished_demo_started_again_keeps_its_clock(finished):
+    workdir, summary, config = finished
+    again = demo.run_demo(config, workdir)
+    assert again["wall_s"] >= summary["wall_s"] and again["accuracy"] == summary["accuracy"]
+
+
+def test_an_export_stands_alone(finished, tmp_path, capsys):
+    workdir, summary, _ = finished
+    demo.export(workdir, tmp_path / "export")
+    assert cli.main(["evaluate", f"--workdir={tmp_path / 'export'}", "--benchmarks=scenes"]) == 0
+    result = json.loads((tmp_path / "export" / "eval" / "scenes-2.json").read_text())
+    assert result["overall"]["accuracy"] == summary["accuracy"]["overall"]
+    with pytest.raises(ValueError, match="exists"):
+        demo.export(workdir, tmp_path / "export")
+    (tmp_path / "export" / "tokenizer" / "tokenizer.json").write_text(
+        (tmp_path / "export" / "tokenizer" / "tokenizer.json").read_text() + " "
+    )
+    assert cli.main(["evaluate", f"--workdir={tmp_path / 'export'}", "--benchmarks=scenes"]) == 2
+    assert "holds another tokenizer" in capsys.readouterr().err
+
+
+def test_the_comparison_puts_objectives_side_by_side():
+    accuracy = {"overall": 0.5, "color": 0.25}
+    table = demo.comparison({"a": {"accuracy": accuracy}, "b": {"accuracy": accuracy | {"color": 1.0}}})
+    assert [line.split() for line in table.splitlines()][2] == ["color", "0.250", "1.000"]
+
+
+def test_what_the_evaluation_lacks_is_said_before_training(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "train", lambda *_: pytest.fail("training began"))
+    with pytest.raises(ValueError, match=r"missing\.tsv"):
+        cli.run_training(tiny_experiment(eval__benchmarks={"a": str(tmp_path / "missing.tsv")}), str(tmp_path / "run"))
+    too_many = tiny_experiment(eval__rollout_source="generation", eval__rollout_candidates=100_000)
+    with pytest.raises(ValueError, match=r"validation records of generation ask for one image, eval.rollout_candid"):
+        cli.run_training(too_many, str(tmp_path / "run"))
+
+
+def test_summary_keys_do_not_depend_on_the_objective(finished):
+    """`objective=understanding` draws nothing: `rollout` is null, not absent."""
+    workdir, summary, _ = finished
+    (workdir / "eval" / "rollout-2.json").unlink()
+    config = types.SimpleNamespace(objective="understanding", train=types.SimpleNamespace(num_steps=2))
+    again = demo.summarise(config, workdir, 1.0)
+    assert again["rollout"] is None and again.keys() == summary.keys()

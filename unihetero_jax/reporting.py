@@ -1,0 +1,213 @@
+"""What the loop reports: metric lines, progress, counters that outlive a restart, skipped steps, collapse alarms."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from unihetero_jax import flops
+from unihetero_jax.arrays import StepMetrics
+from unihetero_jax.config import Config, config_hash
+from unihetero_jax.data.mixture import HostBatch
+from unihetero_jax.metrics import IntervalMetrics, MetricsWriter, Progress, StepTimer, announce, keep_lines_up_to
+from unihetero_jax.optim import learning_rate_schedule
+
+SKIPPED_BATCHES = "skipped_batches.jsonl"
+MIN_TARGET_WINDOW = 50
+"""An enabled loss must see a target within the log interval, or within this many steps if that is longer (our choice:
+a batch or two of a mixture may well hold none)."""
+MAX_FAILURES_SHOWN = 100
+"""Failed samples that are named on the console; all are counted, by reason."""
+
+
+class Reporter:
+    """Writes what steps report, one step late: the device is never waited for while it has nothing to do."""
+
+    def __init__(self, config: Config, workdir: epath.Path, first_step: int, counters: Mapping[str, np.ndarray]):
+        """`counters` are those of `get_state` at `first_step`; empty for a new run."""
+        self._config = config
+        self._skipped_path = workdir / SKIPPED_BATCHES
+        self._writer = MetricsWriter(workdir, announce)
+        self._writer.truncate_after(first_step)
+        keep_lines_up_to(self._skipped_path, first_step)
+        self._progress = Progress(config.train.num_steps, first_step)
+        self._schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
+        self._interval = IntervalMetrics()
+        self._totals: dict[str, int] = {}
+        self._unseen: dict[str, int] = {}
+        self._set_state(counters)
+        self._pending: tuple[int, HostBatch, StepMetrics] | None = None
+        self._eval_loss: dict[str, Any] = {}
+        self._alarms: dict[str, str] = {}
+        self._failures_shown = 0
+        self._identity = {"config_hash": config_hash(config), "objective": config.objective}
+        self.timer = StepTimer()
+
+    def start(self, done: int, host_batch: HostBatch, metrics: StepMetrics) -> None:
+        """Keeps a step that has been dispatched; `finish_pending` waits for it."""
+        self._pending = (done, host_batch, metrics)
+
+    def add_eval_loss(self, results: dict[str, Any]) -> None:
+        """Joins losses on validation data to the line of the step they belong to."""
+        self._eval_loss = results
+        for source, terms in results.items():
+            shown = "  ".join(f"{name} {np.mean(value):.4f}" for name, value in terms.items())
+            self._progress.print(f"eval_loss {source}: {shown}")
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Counters that a restart must not lose, saved beside the data position: running totals, the sums and counts of
+        the log interval that has begun, and for how many steps each loss has seen no target.
+        """
+        return {
+            **{f"total:{name}": np.asarray(value, np.int64) for name, value in self._totals.items()},
+            **{f"unseen:{name}": np.asarray(value, np.int64) for name, value in self._unseen.items()},
+            **{f"interval:{name}": value for name, value in self._interval.get_state().items()},
+        }
+
+    def _set_state(self, counters: Mapping[str, np.ndarray]) -> None:
+        def named(prefix: str) -> dict[str, np.ndarray]:
+            return {key.removeprefix(prefix): value for key, value in counters.items() if key.startswith(prefix)}
+
+        self._totals = {name: int(value) for name, value in named("total:").items()}
+        self._unseen = {name: int(value) for name, value in named("unseen:").items()}
+        self._interval.set_state(named("interval:"))
+
+    def finish_pending(self) -> None:
+        """Fetches the step that was kept, accounts for it and, once per interval, writes its line.
+
+        Raises:
+            ValueError: too many skipped steps in a row, or an enabled loss without any target for a whole window.
+        """
+        if self._pending is None:
+            return
+        (done, host_batch, metrics), self._pending = self._pending, None
+        metrics = jax.device_get(metrics)
+        self._count(host_batch)
+        self._interval.add(*_of_applied_steps(metrics))
+        self._check_targets(done, metrics)
+        self._progress.update(done)
+        if not np.all(metrics.finite):
+            self._record_skip(done, host_batch, metrics)
+        if done % self._config.train.log_every_steps == 0 or done == self._config.train.num_steps or self._eval_loss:
+            self._write_line(done, metrics)
+
+    def close(self) -> None:
+        self._progress.close()
+        self._writer.close()
+
+    def _count(self, host_batch: HostBatch) -> None:
+        for name, value in host_batch.counters.items():
+            self._totals[name] = self._totals.get(name, 0) + int(value)
+        for failure in host_batch.failures[: MAX_FAILURES_SHOWN - self._failures_shown]:
+            self._progress.print(f"sample became padding: {failure}")
+            self._failures_shown += 1
+        work = flops.count_work(self._config, host_batch.arrays)
+        num_samples = sum(v for k, v in host_batch.counters.items() if k.startswith("samples/"))
+        self.timer.add_step(num_samples, work.tokens, flops.model_flops(self._config, work)["total"])
+
+    def _write_line(self, done: int, metrics: StepMetrics) -> None:
+        terms = self._interval.result()
+        by_source = terms.pop("text_by_source")
+        speed = self.timer.result()
+        low, high = (int(half) for half in np.asarray(metrics.batch_hash).reshape(-1, 2)[0])
+        line = {
+            **self._identity,
+            "loss": float(np.mean(metrics.loss)),
+            "batch_hash": high << 32 | low,
+            "terms": terms,
+            "text_by_source": {
+                name: {key: value[..., i] for key, value in by_source.items()}
+                for i, name in enumerate(self._config.data.sources)
+            },
+            "visual_weight": float(np.mean(metrics.visual_weight)),
+            "gradient_norm": metrics.gradient_norms,
+            "learning_rate": self._learning_rate(done, metrics),
+            "skipped_steps": metrics.skipped,
+            "totals": dict(self._totals),
+            **speed,
+        }
+        if self._config.train.num_replicates > 1:
+            line["loss_by_replicate"] = metrics.loss
+        if self._eval_loss:
+            line["eval_loss"], self._eval_loss = self._eval_loss, {}
+        line["alarms"] = self._update_alarms(done, terms)
+        self._writer.write(done, line)
+        shown = {
+            "loss": line["loss"],
+            **{k: float(np.mean(v["mean"])) for k, v in terms.items() if k in ("text", "visual")},
+        }
+        self._progress.report(done, shown, speed["samples_per_s"])
+
+    def _learning_rate(self, done: int, metrics: StepMetrics) -> float:
+        """Of the newest update; skipped steps do not move the schedule."""
+        applied = done - int(np.min(metrics.skipped))
+        return float(np.asarray(self._schedule(max(applied - 1, 0))))
+
+    def _update_alarms(self, done: int, terms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Collapse alarms that hold now; each is printed when it begins and when it ends."""
+        thresholds = self._config.diagnostics
+        spread = _worst(terms.get("within_spread"))
+        copy = _worst(terms.get("copy_previous_cosine"))
+        alarms = {}
+        if spread < thresholds.within_spread_alarm:
+            alarms["within_spread"] = (
+                f"ALARM: within-image spread {spread:.4f}: the tokens of an image become one vector"
+            )
+        elif spread < thresholds.within_spread_warn:
+            alarms["within_spread_warn"] = f"warning: within-image spread {spread:.4f} is low"
+        if copy < thresholds.copy_distance_alarm:
+            alarms["copy_distance"] = f"ALARM: copying the previous embedding has cosine distance {copy:.4f} only"
+        for name in alarms.keys() - self._alarms.keys():
+            self._progress.print(f"step {done}: {alarms[name]}")
+        for name in self._alarms.keys() - alarms.keys():
+            self._progress.print(f"step {done}: {name} is over")
+        self._alarms = alarms
+        return sorted(alarms)
+
+    def _check_targets(self, done: int, metrics: StepMetrics) -> None:
+        window = max(self._config.train.log_every_steps, MIN_TARGET_WINDOW)
+        for name in ("text", "visual"):
+            if name in metrics.counts:
+                seen = np.sum(metrics.counts[name]) > 0
+                self._unseen[name] = 0 if seen else self._unseen.get(name, 0) + 1
+                if self._unseen[name] >= window:
+                    raise ValueError(
+                        f"the {name} loss of objective={self._config.objective} saw no target in the {window} steps up "
+                        f"to step {done}: does the mixture hold samples that carry it (loss.visual_loss_on)?"
+                    )
+
+    def _record_skip(self, done: int, host_batch: HostBatch, metrics: StepMetrics) -> None:
+        with self._skipped_path.open("a") as file:
+            file.write(json.dumps({"step": done, "sample_ids": host_batch.sample_ids}) + "\n")
+        self._progress.print(f"step {done}: gradient not finite, step skipped; its samples are in {self._skipped_path}")
+        limit = self._config.train.max_consecutive_skips
+        if np.max(metrics.consecutive_skips) >= limit:
+            raise ValueError(
+                f"{limit} steps in a row had no finite gradient (train.max_consecutive_skips), the last one {done}; "
+                f"the last checkpoint is kept. See {self._skipped_path}; lower optimizer.learning_rate, or inspect "
+                "the samples"
+            )
+
+
+def _of_applied_steps(metrics: StepMetrics) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sums and counts, zero for a replicate whose step was skipped: one NaN must not hide a whole interval."""
+    finite = np.asarray(metrics.finite)
+
+    def kept(terms: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: np.where(finite.reshape(finite.shape + (1,) * (np.ndim(value) - finite.ndim)), value, 0.0)
+            for name, value in terms.items()
+        }
+
+    return kept(metrics.sums), kept(metrics.counts)
+
+
+def _worst(term: Mapping[str, Any] | None) -> float:
+    """The smallest mean over replicates of a term, infinity where it had nothing to measure."""
+    if term is None:
+        return np.inf
+    mean = np.asarray(term["mean"], np.float64)
+    return float(np.min(np.where(np.isnan(mean), np.inf, mean)))
