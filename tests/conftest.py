@@ -1,4 +1,5 @@
-"""What every test runs under: eight simulated CPU devices, float32 matrix products, a compile cache that is kept.
+"""What every test runs under: eight simulated CPU devices, float32 matrix products, plain and quick compilation whose
+results are kept.
 
 The variables are set before anything imports jax, and subprocesses of the tests inherit them. A test that wants one
 device takes the first; `pytest -n 2` gives each worker its own eight.
@@ -15,8 +16,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Eight devices; and compiled as plainly as XLA can, for compiling is nearly all that takes time at these sizes.
+os.environ["XLA_FLAGS"] = " ".join([
+    "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", ""),
+])  # fmt: skip
 
 import pytest  # noqa: E402
 

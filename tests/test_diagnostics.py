@@ -90,8 +90,8 @@ def test_images_are_told_apart_by_direction_from_the_mean_of_their_position():
 def test_baselines_by_hand():
     """Tokens of two images of unit vectors x and y: `x x y` and `y y x`.
 
-    The mean embedding is (x + y) / 2, at cos 45 degrees from either; a step copies once right and once at a right angle;
-    of three pairs one is equal.
+    The mean embedding is (x + y) / 2, 45 degrees from either; copying the previous token is right once and once at a
+    right angle; of three pairs one is equal.
     """
     x, y = [1.0, 0.0], [0.0, 1.0]
     true = np.array([[x, x, y], [y, y, x]])

@@ -77,6 +77,32 @@ def test_losses_are_float32_whatever_the_activations_are(by_dtype):
         assert np.sum(exact.counts[name]) > 0, name
 
 
+def test_losses_of_bfloat16_activations_are_computed_to_the_last_digit(by_dtype):
+    """What the model gives is rounded; the losses of it agree with float64 as those of float32 do."""
+    output, losses, _ = by_dtype["bfloat16"]
+    batch = jax.device_get(small.mixed_batch(0, 2))
+    hidden, predicted, z, table = (
+        np.asarray(jnp.asarray(x, jnp.bfloat16)).astype(np.float64)
+        for x in (output.hidden, output.predicted_embeddings, output.vision.visual_embeddings, output.unembedding)
+    )
+    sums = dict.fromkeys(("text", "visual", "visual_copy_previous", "visual_mean_embedding"), 0.0)
+    targets = [z[row, batch.visual_index[row, t]] for row, t in np.argwhere(batch.visual_loss_mask)]
+
+    def distance(a, b):
+        return 1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    for row, t in np.argwhere(batch.text_loss_mask):
+        logits = table @ hidden[row, t - 1]
+        sums["text"] += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[batch.tokens[row, t]]
+    for row, t in np.argwhere(batch.visual_loss_mask):
+        target, previous = (z[row, batch.visual_index[row, at]] for at in (t, t - 1))
+        sums["visual"] += distance(predicted[row, t - 1], target)
+        sums["visual_mean_embedding"] += distance(np.mean(targets, axis=0), target)
+        sums["visual_copy_previous"] += distance(previous, target) if batch.visual_mask[row, t - 1] else 0
+    for name, expected in sums.items():
+        assert losses.sums[name] == pytest.approx(expected, rel=1e-5), name
+
+
 def test_parameters_stay_float32_and_bfloat16_gradients_point_the_same_way(by_dtype):
     config = make_tiny_config(model__compute_dtype="bfloat16")
     assert {x.dtype for x in jax.tree.leaves(shapes_of(config))} == {np.dtype(np.float32)}

@@ -9,7 +9,6 @@ import json
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -25,11 +24,8 @@ from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.model import unihetero
 from unihetero_jax.model.layers import ParamKeys
-from unihetero_jax.optim import make_optimizer
 from unihetero_jax.sharding import make_mesh, to_global
-from unihetero_jax.state import create_state
 from unihetero_jax.train import Interrupted, train
-
 
 PLAINLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 """Compiler options: a quarter of the time to compile, and slow programs, which takes no time at these sizes."""
@@ -104,7 +100,7 @@ CUBE = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 
 
 def run_until(last_step, config, workdir, hook=lambda number, state: None):
-    """Trains until SIGTERM comes after a step, which is saved. The gradient table counts as proved. Returns the lines."""
+    """Trains until SIGTERM after a step, which is saved; returns the lines. The gradient table is taken as proved."""
     workdir.mkdir(exist_ok=True)
     proof = {"config_hash": config_hash(config), "norms": {}}
     (workdir / gradient_table.FILE_NAME).write_text(json.dumps(proof))
@@ -124,8 +120,11 @@ def start_by_numpy(monkeypatch):
     """Runs start from values drawn by numpy: `test_equivalence.py` has the initialiser on meshes, slow to compile."""
 
     def init_state(config, mesh):
-        state = create_state(config, jax.tree.map(jnp.asarray, random_params(config)), make_optimizer(config))
-        return placed(state, step.abstract_state(config, mesh))
+        abstract = step.abstract_state(config, mesh)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract)
+        params = random_params(config)
+        state = dataclasses.replace(zeros, params=params, ema={name: params[name] for name in abstract.ema})
+        return placed(state, abstract)
 
     monkeypatch.setattr(step, "init_state", init_state)
 
@@ -178,7 +177,7 @@ def test_replicates_spread_over_devices_are_the_single_runs_of_their_seeds(tiny_
     batches = [to_global(next(stream).arrays, mesh) for _ in range(2)]
     stream.close()
     for replicate in range(4):
-        start = jax.tree.map(lambda x, replicate=replicate: jnp.asarray(x[replicate]), starts[0])
+        start = jax.tree.map(lambda x, replicate=replicate: x[replicate], starts[0])
         key = ParamKeys(jax.random.key(replicate)).child("decoder").child("embedding").key
         table = start.params["decoder"]["embedding"]
         np.testing.assert_allclose(table, jax.random.normal(key, table.shape) / np.sqrt(32), atol=1e-6)

@@ -8,8 +8,8 @@ beside it, because short options win under the sum and long ones under the mean.
 import dataclasses
 import hashlib
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from unihetero_jax.evaluation.benchmarks import Item
 
 NUM_FOLDS = 10
 """Parts of the held-out blind floor (our choice)."""
+
+BlindKey = Callable[[Item, int], Hashable]
+"""What of an item's option a guesser looks at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,45 +102,60 @@ def hits(items: Sequence[Item], scores: Sequence[OptionScores]) -> list[int]:
 def blind_floor(items: Sequence[Item]) -> float:
     """Accuracy of the best guesser that sees question text and options, but no picture, and knows this very file.
 
-    It picks, among an item's options, the one that is most often the answer to this question text in the file; options
-    that tie share the credit. Fitted on the items it is judged on, so it is an upper bound: where question texts hardly
+    Each of `BLIND_KEYS` makes a guesser, which picks the option whose key was most often the right one's; options that
+    tie share the credit. Fitted on the items it is judged on, so it is an upper bound: where question texts hardly
     repeat, it approaches 1 and says nothing. Read it together with `blind_floor_held_out`.
     """
-    counts = _answer_counts(items)
-    return math.fsum(_blind_credit(item, counts[item.question]) for item in items) / len(items)
+    return max(math.fsum(_blind_credits(items, items, key)) / len(items) for key in BLIND_KEYS.values())
 
 
 def blind_floor_held_out(items: Sequence[Item]) -> float:
-    """The same guesser, fitted on nine tenths of the file and judged on the rest, ten times.
+    """The same guessers, fitted on nine tenths of the file and judged on the rest, ten times; the best one's accuracy.
 
-    Question texts that it has not met are guessed uniformly. The tenths are drawn by a hash of the item's index. On a
-    file whose answers are balanced it lies a little under chance: an answer that was held out is rarer in the rest.
+    What a guesser has not met it guesses uniformly. The tenths are drawn by a hash of the item's index. On a file whose
+    answers are balanced it lies near chance.
     """
-    total = _answer_counts(items)
-    folds: defaultdict[int, list[Item]] = defaultdict(list)
-    for item in items:
-        folds[hashlib.blake2b(item.index.encode(), digest_size=2).digest()[0] % NUM_FOLDS].append(item)
-    credit = []
-    for fold in folds.values():
-        own = _answer_counts(fold)
-        for item in fold:
-            rest = Counter(total[item.question])
-            rest.subtract(own[item.question])
-            credit.append(_blind_credit(item, rest))
-    return math.fsum(credit) / len(items)
+    folds = [hashlib.blake2b(item.index.encode(), digest_size=2).digest()[0] % NUM_FOLDS for item in items]
+    parts = [
+        ([item for item, at in zip(items, folds, strict=True) if at != fold],
+         [item for item, at in zip(items, folds, strict=True) if at == fold])
+        for fold in range(NUM_FOLDS)
+    ]  # fmt: skip
+    return max(
+        math.fsum(credit for fitted, judged in parts for credit in _blind_credits(fitted, judged, key)) / len(items)
+        for key in BLIND_KEYS.values()
+    )
 
 
-def _answer_counts(items: Sequence[Item]) -> Mapping[str, Counter[str]]:
-    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for item in items:
-        counts[item.question][item.answer_text] += 1
-    return counts
+def _blind_credits(fitted: Sequence[Item], judged: Sequence[Item], key: BlindKey) -> list[float]:
+    """What each of `judged` earns a guesser that has seen the answers of `fitted`."""
+    shown: Counter[Hashable] = Counter(key(item, option) for item in fitted for option in range(len(item.options)))
+    right: Counter[Hashable] = Counter(key(item, item.answer) for item in fitted)
+    credits = []
+    for item in judged:
+        chance = 1 / len(item.options)
+        # As if each key had been shown once more, and had been right as often as chance has it.
+        shares = [(right[k] + chance) / (shown[k] + 1) for k in (key(item, i) for i in range(len(item.options)))]
+        best = max(shares)
+        credits.append((shares[item.answer] == best) / shares.count(best))
+    return credits
 
 
-def _blind_credit(item: Item, answers: Mapping[str, int]) -> float:
-    frequency = [answers.get(option, 0) for option in item.options]
-    best = max(frequency)
-    return (frequency[item.answer] == best) / frequency.count(best)
+def _rank(item: Item, option: int) -> int:
+    """Place of an option among the item's numbers, smallest first; 0 for every option where they are no numbers."""
+    try:
+        values = [float(text) for text in item.options]
+    except ValueError:
+        return 0
+    return sorted(values).index(values[option])
+
+
+BLIND_KEYS: Mapping[str, BlindKey] = {
+    "question and option": lambda item, option: (item.question, item.options[option]),
+    "category and option": lambda item, option: (item.category, item.options[option]),
+    "category and rank of a number": lambda item, option: (item.category, _rank(item, option)),
+}
+"""What a guesser without the picture may go by."""
 
 
 def yes_no_metrics(items: Sequence[Item], predictions: Sequence[int | None]) -> dict[str, float] | None:
