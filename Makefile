@@ -54,9 +54,10 @@ format: $(STAMP) ## let ruff fix and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(STAMP) ## loader and train step against PyTorch: benchmarks/results (installs torch)
+bench: $(STAMP) ## loader, attention, and the train step against PyTorch: benchmarks/results (installs torch)
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -c constraints.txt '$(TORCH)'
-	$(PY) -m benchmarks.loader
+	$(PY) -m benchmarks.loader --full
+	$(PY) -m benchmarks.attention
 	$(PY) -m benchmarks.train_step
 
 clean: ## remove what was installed and compiled; runs and data stay

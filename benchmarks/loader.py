@@ -15,7 +15,6 @@ import importlib.metadata
 import io
 import json
 import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
+from benchmarks.interleave import machine_facts
 from experiments import base
 from unihetero_jax.config import Config, from_config_dict
 from unihetero_jax.data import mixture, records
@@ -84,6 +84,7 @@ def write_source(folder: Path, items: list[Record], tokenizer: Tokenizer, spec: 
 
 
 def make_config(folder: Path) -> Config:
+    """One source, rows as a pretraining run would have them."""
     config = base.get_config()
     fields = {
         "data.sources": {"bench": {"path": str(folder / "source"), "weight": 1.0, "augment": "none"}},
@@ -119,6 +120,7 @@ def generate_lengths(path: Path, count: int) -> np.ndarray:
 
 
 def make_planner(index: np.ndarray) -> mixture.WindowPlanner:
+    """The planner of one source of these lengths."""
     return mixture.WindowPlanner({"bench": index}, {"bench": 1.0}, 0, ROW_TOKENS, ROW_PATCHES, SHARDS, WINDOW)
 
 
@@ -176,22 +178,14 @@ def measure_reading(config: Config, tokenizer: Tokenizer, seconds: float) -> dic
 
 
 def describe_machine() -> dict[str, object]:
+    """Machine, load and the versions that a figure depends on."""
     names = ("numpy", "grain", "array-record", "pillow", "tokenizers", "transformers", "msgpack")
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
-    }
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return machine_facts() | {"load_average": os.getloadavg()[0], "versions": versions}
 
 
 def print_table(results: dict[str, dict[str, float]]) -> None:
+    """The table that goes into a report."""
     resume = [f"resume w={window:g}" for window in RESUME_WINDOWS]
     print(f"{'':24}{'samples/s':>11}{'token pad':>11}{'patch pad':>11}" + "".join(f"{title:>15}" for title in resume))
     for name, row in results.items():
@@ -202,6 +196,7 @@ def print_table(results: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
+    """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="also an index of 1e8 records (800 MB of disk)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")

@@ -8,6 +8,7 @@ import pytest
 from experiments.base import get_config
 from unihetero_jax.config import from_config_dict
 from unihetero_jax.flops import Work, count_work, model_flops, padded_work, parameter_counts
+from unihetero_jax.model import unihetero
 
 
 def make_config(**fields):
@@ -25,14 +26,14 @@ def make_config(**fields):
     return from_config_dict(config)
 
 
-WORK = Work(tokens=20, patches=12, token_pairs=70, patch_pairs=80)
+WORK = Work(tokens=20, targets=9, patches=12, token_pairs=70, patch_pairs=80)
 # Multiply-adds by hand, each factor written as input x output.
 ENCODER_DENSE = 2 * 12 * (12 * 8 + 2 * (4 * 8 * 8 + 8 * 12 + 12 * 8))
 ENCODER_ATTENTION = 2 * 2 * 80 * 8 * 2
 PROJECTOR = 2 * 3 * (32 * 10 + 10 * 6)
 DECODER_DENSE = 2 * 20 * 3 * (6 * 8 + 6 * 4 + 6 * 4 + 8 * 6 + 3 * 6 * 7)
 DECODER_ATTENTION = 2 * 2 * 70 * 8 * 3
-LM_HEAD = 2 * 20 * 6 * 11
+LM_HEAD = 2 * 9 * 6 * 11
 
 
 def test_training_step_by_hand():
@@ -94,6 +95,7 @@ def test_parameters_by_hand():
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
 def test_work_equals_the_number_of_open_mask_entries(attention):
     arrays = {
+        "text_loss_mask": np.array([[0, 1, 1, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]], bool),
         "segment_ids": np.array([[1, 1, 1, 2, 2, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]]),
         "branch_ids": np.array([[0, 0, 0, 0, 0, 1, 1, 2, 2, 0], [0, 0, 1, 2, 2, 3, 0, 0, 0, 0]]),
         "patch_segment_ids": np.array([[1] * 8 + [2] * 4 + [0] * 4, [0] * 16]),
@@ -109,7 +111,9 @@ def test_work_equals_the_number_of_open_mask_entries(attention):
         block = np.arange(16) // 4
         image_mask &= block[:, None] >= block[None, :]
     work = count_work(make_config(**{"model.encoder.attention": attention}), arrays)
-    assert work == Work(tokens=15, patches=12, token_pairs=int(mask.sum()), patch_pairs=int(image_mask.sum()))
+    assert work == Work(
+        tokens=15, targets=4, patches=12, token_pairs=int(mask.sum()), patch_pairs=int(image_mask.sum())
+    )
 
 
 def test_padded_work_is_that_of_full_rows():
@@ -117,9 +121,21 @@ def test_padded_work_is_that_of_full_rows():
     tokens, patches = config.data.row_tokens, config.data.row_patches
     full = {
         "segment_ids": np.ones((3, tokens), int), "branch_ids": np.zeros((3, tokens), int),
+        "text_loss_mask": np.ones((3, tokens), bool),
         "patch_segment_ids": np.ones((3, patches), int),
     }  # fmt: skip
     assert padded_work(config, 3) == count_work(config, full)
+
+
+@pytest.mark.parametrize("objective", ["understanding", "semantic_input", "semantic_encoder"])
+@pytest.mark.parametrize(
+    "switches", [{}, {"decoder.qkv_bias": True, "decoder.qk_norm": False, "decoder.tied_embeddings": False}]
+)
+def test_parameters_are_those_of_the_model(objective, switches):
+    config = make_config(objective=objective, **{f"model.{name}": value for name, value in switches.items()})
+    shapes = jax.eval_shape(lambda: unihetero.init_params(config.model, objective, 0))
+    built = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in shapes.items()}
+    assert parameter_counts(config.model, objective) == built | {"total": sum(built.values())}
 
 
 def test_dense_decoder_agrees_with_xla():
@@ -134,6 +150,6 @@ def test_dense_decoder_agrees_with_xla():
     weights = [jnp.ones(shape) for shape in shapes]
     counted = jax.jit(products).lower(inputs, weights).compile().cost_analysis()["flops"]
     flops = model_flops(
-        make_config(objective="understanding"), Work(tokens=20, patches=0, token_pairs=0, patch_pairs=0)
+        make_config(objective="understanding"), Work(tokens=20, targets=20, patches=0, token_pairs=0, patch_pairs=0)
     )
     assert counted == (flops["decoder"] + flops["lm_head"]) / 3

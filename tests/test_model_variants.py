@@ -14,9 +14,6 @@ from unihetero_jax.model import unihetero
 from unihetero_jax.model.attention import attend
 from unihetero_jax.objectives import compute_loss, count_targets
 
-PLAINLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Compiler options of what runs once: a quarter of the time to compile."""
-
 
 def shapes_of(config):
     return jax.eval_shape(lambda: unihetero.init_params(config.model, config.objective, 0))
@@ -47,7 +44,7 @@ def by_dtype():
             losses = compute_loss(config, output, batch, output.vision, jnp.float32(0.5), count_targets(batch))
             return losses.loss, (output, losses)
 
-        compiled = jax.jit(jax.grad(loss, has_aux=True), compiler_options=PLAINLY)
+        compiled = jax.jit(jax.grad(loss, has_aux=True))
         gradients, (output, losses) = jax.device_get(compiled(random_params(config)))
         found[dtype] = output, losses, gradients
     return found

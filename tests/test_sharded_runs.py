@@ -1,7 +1,4 @@
-"""Whole runs on several devices: the same losses, log-probabilities and data as on one.
-
-Compiling is all that takes time here, so everything is compiled as plainly as XLA can (`compiled_plainly`).
-"""
+"""Whole runs on several devices: the same losses, log-probabilities and data as on one."""
 
 import dataclasses
 import functools
@@ -27,15 +24,11 @@ from unihetero_jax.model.layers import ParamKeys
 from unihetero_jax.sharding import make_mesh, to_global
 from unihetero_jax.train import Interrupted, train
 
-PLAINLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-"""Compiler options: a quarter of the time to compile, and slow programs, which takes no time at these sizes."""
-
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_plainly():
-    """And once: a run that goes on, and one with another seed, take the step that is compiled already."""
+def compiled_once():
+    """A run that goes on, and one with another seed, take the step that is compiled already."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=PLAINLY))
         for name in ("abstract_state", "compile_train_step"):
             patch.setattr(step, name, functools.cache(getattr(step, name)))
         yield

@@ -26,12 +26,14 @@ class Work:
 
     Attributes:
         tokens: row positions, visual ones and markers included.
+        targets: supervised positions; only they have logits.
         patches: image patches.
         token_pairs: (query, key) pairs of the decoder's attention; a position attends to itself, too.
         patch_pairs: those of the encoder's attention.
     """
 
     tokens: int
+    targets: int
     patches: int
     token_pairs: int
     patch_pairs: int
@@ -42,7 +44,8 @@ def count_work(config: Config, arrays: Mapping[str, np.ndarray]) -> Work:
 
     Args:
         config: for `model.encoder.attention`.
-        arrays: fields of `arrays.Batch`: `segment_ids`, `branch_ids` [B, T] and `patch_segment_ids` [B, P].
+        arrays: fields of `arrays.Batch`: `segment_ids`, `branch_ids`, `text_loss_mask` [B, T] and
+            `patch_segment_ids` [B, P].
     """
     segments, branches = np.asarray(arrays["segment_ids"]), np.asarray(arrays["branch_ids"])
     images = np.asarray(arrays["patch_segment_ids"])
@@ -51,17 +54,19 @@ def count_work(config: Config, arrays: Mapping[str, np.ndarray]) -> Work:
         token_pairs += _causal_pairs(row, row_branches)
         for length in _run_lengths(row_images):
             patch_pairs += _image_pairs(length, config.model.encoder)
-    return Work(int((segments > 0).sum()), int((images > 0).sum()), token_pairs, patch_pairs)
+    targets = int(np.sum(arrays["text_loss_mask"]))
+    return Work(int((segments > 0).sum()), targets, int((images > 0).sum()), token_pairs, patch_pairs)
 
 
 def padded_work(config: Config, num_rows: int) -> Work:
-    """The work of `num_rows` rows as the static shapes have it: every position real, one segment and one image per row.
+    """The work of `num_rows` full rows: every position real and supervised, one segment and one image per row.
 
     This is what dense masked attention computes, but for the causal half, which is not counted in either case.
     """
     tokens, patches = config.data.row_tokens, config.data.row_patches
     return Work(
         tokens=num_rows * tokens,
+        targets=num_rows * tokens,
         patches=num_rows * patches,
         token_pairs=num_rows * (tokens * (tokens + 1) // 2),
         patch_pairs=num_rows * _image_pairs(patches, config.model.encoder),
@@ -87,7 +92,7 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
     decoder_dense = 2 * work.tokens * _decoder_weights(model.decoder)
     heads_dim = model.decoder.num_heads * model.decoder.head_dim
     decoder_attention = 4 * work.token_pairs * heads_dim * model.decoder.num_layers
-    lm_head = 2 * work.tokens * model.decoder.dim * model.decoder.vocab_size
+    lm_head = 2 * work.targets * model.decoder.dim * model.decoder.vocab_size
 
     trains = {name: name not in frozen for name in ("encoder", "projector", "decoder", "semantic_head")}
     below_projector = trains["encoder"]

@@ -1,4 +1,5 @@
-"""Evaluation: reading benchmark files, scoring by option likelihood, result files and the demo's picture sheet.
+"""Evaluation: reading benchmark files, scoring by option likelihood, result files, diagnostics, the demo's sheet.
 
-Nothing here knows the model: a caller hands in a function from a packed batch to log-probabilities.
+Scoring does not know the model: a caller hands in a function from a packed batch to log-probabilities. Only
+`diagnostics` builds one, to roll images out.
 """
