@@ -8,6 +8,7 @@ tokenizer, the questions and the metric curve are written to a folder that stand
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +73,33 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_demo(config: Config, workdir: Path) -> dict[str, Any]:
     """Trains, evaluates and draws one objective; returns what summary.json holds."""
-    start = time.monotonic() - _earlier_seconds(workdir)
-    try:
+    with _wall_clock(workdir) as seconds:
         state = run_training(config, os.fspath(workdir))
-    finally:
-        (workdir / WALL_CLOCK).write_text(f"{time.monotonic() - start:.1f}\n")
-    draw_scenes(config, state.params, workdir / "sheet.png")
-    summary = summarise(config, workdir, time.monotonic() - start)
+        draw_scenes(config, state.params, workdir / "sheet.png")
+        summary = summarise(config, workdir, seconds())
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(
         f"{summary['wall_s']:.0f} s, {summary['peak_rss_gib']:.2f} GiB; "
         f"see {workdir / 'sheet.png'} and {workdir / 'summary.json'}"
     )
     return summary
+
+
+@contextlib.contextmanager
+def _wall_clock(workdir: Path) -> Iterator[Callable[[], float]]:
+    """Seconds that the demo has taken, earlier legs of an interrupted one included; a finished one takes no more."""
+    path, start = workdir / WALL_CLOCK, time.monotonic()
+    earlier = float(path.read_text()) if path.exists() else 0.0
+    was_finished = (workdir / "summary.json").exists()
+
+    def seconds() -> float:
+        return earlier if was_finished else earlier + time.monotonic() - start
+
+    try:
+        yield seconds
+    finally:
+        if workdir.is_dir():
+            path.write_text(f"{seconds():.1f}\n")
 
 
 def summarise(config: Config, workdir: Path, wall_s: float) -> dict[str, Any]:
@@ -105,12 +121,6 @@ def summarise(config: Config, workdir: Path, wall_s: float) -> dict[str, Any]:
         "wall_s": round(wall_s, 1),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
     }
-
-
-def _earlier_seconds(workdir: Path) -> float:
-    """What earlier legs of an interrupted demo took."""
-    path = workdir / WALL_CLOCK
-    return float(path.read_text()) if path.exists() else 0.0
 
 
 def draw_scenes(config: Config, params: Params, path: Path) -> None:

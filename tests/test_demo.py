@@ -76,7 +76,7 @@ def test_the_sheet_is_a_picture_with_content(finished):
 def test_a_finished_demo_started_again_keeps_its_clock(finished):
     workdir, summary, config = finished
     again = demo.run_demo(config, workdir)
-    assert again["wall_s"] >= summary["wall_s"] and again["accuracy"] == summary["accuracy"]
+    assert abs(again["wall_s"] - summary["wall_s"]) < 1 and again["accuracy"] == summary["accuracy"]
 
 
 def test_an_export_stands_alone(finished, tmp_path, capsys):
