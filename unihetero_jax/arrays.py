@@ -10,6 +10,8 @@ Shape alphabet (used by every annotation of this project):
     H  attention heads                 G  key/value heads
     L  layers                          S  token positions of a decode call
     d  values of one head              Z  width of the visual target space
+    M  width of merged features, 4E    I  images of a row
+    s  side of the position table      i, o  widths before and after a linear map
 """
 
 import dataclasses

@@ -422,8 +422,13 @@ def _join(path: str, name: str) -> str:
 
 def validate(config: Config) -> list[str]:
     """Every rule that a combination of fields breaks, as messages that name the fields and the remedy."""
-    faults = [*_validate_model(config.model), *_validate_data(config), *_validate_run(config)]
-    return [*faults, *_validate_mesh(config)]
+    return [
+        *_validate_model(config.model),
+        *_validate_data(config),
+        *_validate_optimization(config.optimizer, config.loss),
+        *_validate_run(config),
+        *_validate_mesh(config),
+    ]
 
 
 def _validate_model(model: ModelConfig) -> list[str]:
@@ -516,14 +521,8 @@ def _validate_data(config: Config) -> list[str]:
     return _broken(rules) + _not_positive(positive)
 
 
-def _validate_run(config: Config) -> list[str]:
-    train, optimizer, loss, init_from = config.train, config.optimizer, config.loss, config.init_from
+def _validate_optimization(optimizer: OptimizerConfig, loss: LossConfig) -> list[str]:
     rules = [
-        (
-            train.accumulation_steps < 1 or train.global_batch_rows % train.accumulation_steps == 0,
-            f"train.global_batch_rows {train.global_batch_rows} must be a multiple of train.accumulation_steps "
-            f"{train.accumulation_steps}",
-        ),
         (0 <= optimizer.beta1 < 1 and 0 <= optimizer.beta2 < 1, "optimizer.beta1 and beta2 must lie in [0, 1)"),
         (0 <= optimizer.final_lr_ratio <= 1, f"optimizer.final_lr_ratio {optimizer.final_lr_ratio} must lie in [0, 1]"),
         (0 < optimizer.decay_fraction <= 1, f"optimizer.decay_fraction {optimizer.decay_fraction} must lie in (0, 1]"),
@@ -533,7 +532,6 @@ def _validate_run(config: Config) -> list[str]:
             min(optimizer.encoder_lr, optimizer.projector_lr, optimizer.decoder_lr, optimizer.semantic_head_lr) >= 0,
             "optimizer.encoder_lr, projector_lr, decoder_lr and semantic_head_lr must not be negative",
         ),
-        (0 <= config.seed < 2**31 and 0 <= config.data.seed < 2**31, "seed and data.seed must lie in [0, 2^31)"),
         (0 <= loss.ema_decay < 1, f"loss.ema_decay {loss.ema_decay} must lie in [0, 1)"),
         (
             loss.visual_weight >= 0 and loss.visual_weight_start >= 0,
@@ -549,6 +547,20 @@ def _validate_run(config: Config) -> list[str]:
             "loss.cut_input_gradient with loss.visual_loss_on=all would train encoder and projector by nothing; "
             "set loss.visual_loss_on=generated",
         ),
+    ]
+    positive = {"optimizer": (optimizer, ("learning_rate", "clip_norm", "eps")), "loss": (loss, ("text_chunk",))}
+    return _broken(rules) + _not_positive(positive)
+
+
+def _validate_run(config: Config) -> list[str]:
+    train, loss, init_from = config.train, config.loss, config.init_from
+    rules = [
+        (
+            train.accumulation_steps < 1 or train.global_batch_rows % train.accumulation_steps == 0,
+            f"train.global_batch_rows {train.global_batch_rows} must be a multiple of train.accumulation_steps "
+            f"{train.accumulation_steps}",
+        ),
+        (0 <= config.seed < 2**31 and 0 <= config.data.seed < 2**31, "seed and data.seed must lie in [0, 2^31)"),
         (
             bool(init_from.workdir) or not init_from.components,
             "init_from.components is set but init_from.workdir is empty",
@@ -563,7 +575,7 @@ def _validate_run(config: Config) -> list[str]:
         ),
         (
             set(COMPONENTS)
-            - set(optimizer.frozen)
+            - set(config.optimizer.frozen)
             - ({"semantic_head"} if config.objective == "understanding" else set())
             != set(),
             "optimizer.frozen freezes every component: nothing would train",
@@ -605,10 +617,8 @@ def _validate_run(config: Config) -> list[str]:
                 "max_consecutive_skips",
             ),
         ),
-        "optimizer": (optimizer, ("learning_rate", "clip_norm", "eps")),
         "checkpoint": (config.checkpoint, ("every_steps", "keep_last")),
         "eval": (config.eval, ("batch_rows", "rollout_candidates")),
-        "loss": (loss, ("text_chunk",)),
         "mesh": (config.mesh, ("data", "fsdp", "tensor", "context")),
     }
     return _broken(rules) + _not_positive(positive)

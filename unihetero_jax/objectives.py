@@ -60,7 +60,8 @@ def count_targets(batch: Batch) -> dict[str, Float[Array, ""]]:
     }
 
 
-def visual_weight(config: LossConfig, step: jax.Array) -> jax.Array:
+@typechecked
+def visual_weight(config: LossConfig, step: Int[Array, ""]) -> Float[Array, ""]:
     """lambda at a step: linear from `visual_weight_start` to `visual_weight` (as arXiv 2608.12209 over 4,000 steps)."""
     progress = jnp.clip(step / max(config.visual_ramp_steps, 1), 0.0, 1.0) if config.visual_ramp_steps else 1.0
     return jnp.asarray(config.visual_weight_start + (config.visual_weight - config.visual_weight_start) * progress)
@@ -111,8 +112,9 @@ def _unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
 
 
-def target_space(objective: Objective, vision: VisionOutput) -> jax.Array:
-    """The embeddings that the visual loss predicts, [B, U, Z], without gradient (else a constant is a minimiser)."""
+@typechecked
+def target_space(objective: Objective, vision: VisionOutput) -> Float[Array, "B U Z"]:
+    """The embeddings that the visual loss predicts, without gradient (else a constant is a minimiser)."""
     embeddings = vision.merged if objective == "semantic_encoder" else vision.visual_embeddings
     return jax.lax.stop_gradient(embeddings)
 

@@ -25,7 +25,10 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(head_dim, config.norm_eps, keys.child("query_norm")) if config.qk_norm else None
         self.key_norm = RMSNorm(head_dim, config.norm_eps, keys.child("key_norm")) if config.qk_norm else None
 
-    def project(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    @typechecked
+    def project(
+        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B S H d"], Float[Array, "B S G d"], Float[Array, "B S G d"]]:
         """Queries, keys and values by head, rotated to their positions."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
         query, key, value = (linear(x).reshape(heads) for linear in (self.query, self.key, self.value))
@@ -44,16 +47,24 @@ class DecoderBlock(nnx.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps, keys.child("mlp_norm"))
         self.mlp = GatedMLP(config.dim, config.mlp_dim, keys.child("mlp"))
 
-    def __call__(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
-        """Whole rows: [B, T, D] with mask [B, T, T]."""
+    @typechecked
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+    ) -> Float[Array, "B T D"]:
+        """Whole rows."""
         query, key, value = self.attention.project(self.attention_norm(x), positions)
         x = x + self.attention.out(attend(query, key, value, mask))
         return x + self.mlp(self.mlp_norm(x))
 
+    @typechecked
     def cached(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, slots: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """New positions [B, S, D] against the cache [B, K, G, d]; position p is written to slot p. Mask [B, S, K]."""
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        mask: Bool[Array, "B S K"],
+        slots: tuple[Float[Array, "B K G d"], Float[Array, "B K G d"]],
+    ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "B K G d"], Float[Array, "B K G d"]]]:
+        """New positions against the cache; position p is written to slot p."""
         query, key, value = self.attention.project(self.attention_norm(x), positions)
         rows = jnp.arange(x.shape[0])[:, None]
         keys, values = slots[0].at[rows, positions].set(key), slots[1].at[rows, positions].set(value)
