@@ -26,21 +26,23 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.tokenizer = f"{PATH}/tokenizer"
     config.data.sources = ConfigDict(
         {
-            "nlvr": {"path": f"{PATH}/nlvr", "weight": 0.31, "augment": "nlvr"},
+            "nlvr": {"path": f"{PATH}/nlvr", "weight": 0.28, "augment": "nlvr"},
             "nlvr_statements": {"path": f"{PATH}/nlvr_statements", "weight": 0.02, "augment": "none"},
             "nlvr_generation": {"path": f"{PATH}/nlvr_generation", "weight": 0.02, "augment": "none"},
-            "cifar10": {"path": f"{PATH}/cifar10", "weight": 0.61, "augment": "mirror_shift"},
+            "cifar10": {"path": f"{PATH}/cifar10", "weight": 0.64, "augment": "mirror_shift"},
             "cifar10_generation": {"path": f"{PATH}/cifar10_generation", "weight": 0.03, "augment": "mirror_shift"},
             "text": {"path": f"{PATH}/text", "weight": 0.01, "augment": "none"},
         }
     )
     config.data.image_min_patches, config.data.image_max_patches = 64, 144
     config.data.row_tokens, config.data.row_patches = 88, 144
+    # At 1,000 steps 5e-4 is better than 1e-3 and 2e-3 in every source: a step sees some 25 samples only.
+    config.optimizer.learning_rate = 5e-4
     config.loss.visual_ramp_steps = 1000
     config.loss.visual_weight = 0.3  # as in the quickstart
     config.loss.text_chunk = 256  # what a batch holds of supervised positions
-    config.train.num_steps, config.train.global_batch_rows = 5700, 16
-    config.train.log_every_steps, config.train.eval_every_steps = 20, 2850
+    config.train.num_steps, config.train.global_batch_rows = 5800, 16
+    config.train.log_every_steps, config.train.eval_every_steps = 20, 2900
     config.checkpoint.every_steps = 500
     config.eval.benchmarks = ConfigDict({name: f"{PATH}/benchmarks/{name}.tsv" for name in ("cifar10", "nlvr")})
     config.eval.batch_rows = 16
