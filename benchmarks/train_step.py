@@ -9,6 +9,7 @@ library and dtype. Needs an otherwise idle machine; CPU only.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -75,7 +76,7 @@ def make_config(name: str, dtype: str) -> Config:
     for component, fields in MODELS[name].items():
         config.model[component].update(fields)
     config.model.encoder.update({"patch_size": PATCH, "position_grid": IMAGE_SIDE // PATCH})
-    config.model.decoder.update({"qk_norm": False, "max_grid": IMAGE_SIDE // PATCH // 2})
+    config.model.decoder.update({"qk_norm": False, "max_grid": PATCHES // 4})
     config.model.compute_dtype = dtype
     row_patches = NUM_IMAGES * PATCHES
     config.data.update({"row_tokens": ROW_TOKENS, "row_patches": row_patches, "num_data_shards": 1})
@@ -83,7 +84,10 @@ def make_config(name: str, dtype: str) -> Config:
     config.data.sources = {"row": {"path": "generated", "weight": 1.0, "augment": "none"}}
     config.train.global_batch_rows = 1
     config.eval.batch_rows = 1
-    return from_config_dict(config)
+    valid = from_config_dict(config)
+    # Only square images come, and PyTorch's model has no embedding of their grid: no longer ones than they need.
+    decoder = dataclasses.replace(valid.model.decoder, max_grid=IMAGE_SIDE // PATCH // 2)
+    return dataclasses.replace(valid, model=dataclasses.replace(valid.model, decoder=decoder))
 
 
 def make_row(vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
