@@ -85,7 +85,7 @@ def test_the_shared_data_are_prepared_once(tmp_path, capsys):
     }  # fmt: skip
     assert counts["cifar10"][1] == 0
     dropped = json.loads((tmp_path / "text" / "manifest.json").read_text())["dropped"]
-    assert dropped == {"empty_text": 7}, "blank lines behind a paragraph that was cut at the limit"
+    assert dropped == {"empty_text": 8}, "blank lines behind a paragraph that was cut at the limit"
     assert counts["nlvr"][1] < 10
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.array_record")}
     assert real.main([f"--data={DATA}", f"--output={tmp_path}"]) == 0
