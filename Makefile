@@ -13,7 +13,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-compare real test test-all lint format bench clean
+.PHONY: help install demo demo-compare real test test-all test-beam lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,11 @@ test: $(STAMP) ## the default test suite (under 6 minutes on 2 cores)
 
 test-all: $(STAMP) ## with the slow tests: random kills, collapse training
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m ''
+
+test-beam: ## preparations on Apache Beam against local ones, in an environment of their own: .venv-beam
+	test -x .venv-beam/bin/python || $(PYTHON) -m venv .venv-beam
+	.venv-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,beam]'
+	.venv-beam/bin/python -m pytest -q tests/test_preparation.py
 
 lint: $(STAMP) ## ruff and pyright
 	$(VENV)/bin/ruff check .

@@ -28,6 +28,7 @@ from experiments import base
 from unihetero_jax.config import Config, from_config_dict
 from unihetero_jax.data import mixture, records
 from unihetero_jax.data.records import ImageSegment, Record, TextSegment
+from unihetero_jax.data.schedule import Member, MixtureSchedule
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 ROW_TOKENS, ROW_PATCHES, MAX_PATCHES = 1024, 2048, 256
@@ -77,6 +78,7 @@ def write_source(folder: Path, items: list[Record], tokenizer: Tokenizer, spec: 
         "num_records": {"train": len(items), "val": 0},
         "files": {path.name: {"bytes": path.stat().st_size, "digest": digest}},
         "dropped": {},
+        "dropped_examples": {},
         "licence": "",
         "settings": {},
     }
@@ -121,7 +123,8 @@ def generate_lengths(path: Path, count: int) -> np.ndarray:
 
 def make_planner(index: np.ndarray) -> mixture.WindowPlanner:
     """The planner of one source of these lengths."""
-    return mixture.WindowPlanner({"bench": index}, {"bench": 1.0}, 0, ROW_TOKENS, ROW_PATCHES, SHARDS, WINDOW)
+    schedule = MixtureSchedule({"bench": Member(len(index), 1.0)}, 0, WINDOW)
+    return mixture.WindowPlanner({"bench": index}, schedule, 0, ROW_TOKENS, ROW_PATCHES, SHARDS)
 
 
 def measure_planning(index: np.ndarray, seconds: float) -> dict[str, float]:

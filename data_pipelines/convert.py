@@ -6,61 +6,23 @@ python -m data_pipelines.convert text --input notes.txt --output=... --tokenizer
 """
 
 import argparse
-import glob
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipelines.hf_parquet import ParquetOptions, read_parquet
-from data_pipelines.llava import LlavaOptions, read_llava
-from data_pipelines.plain_text import read_text
+from data_pipelines.beam_runner import run_on_beam
+from data_pipelines.entries import Filters, texts_of
+from data_pipelines.layouts import LAYOUTS, expand
+from data_pipelines.preparation import Preparation, run_locally
 from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
-from data_pipelines.writer import Dropped, write_prepared
-from unihetero_jax.data.records import Record, TextSegment
+from data_pipelines.writer import About, require_absent
+from unihetero_jax.data.records import index_key
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
-
-Samples = Iterable[Record | Dropped]
-
-
-def texts_of(samples: Samples) -> Iterator[str]:
-    """All texts of the records among samples, to train a tokenizer on; what is no Unicode in them is left out."""
-    for sample in samples:
-        if isinstance(sample, Record):
-            for segment in sample.segments:
-                if isinstance(segment, TextSegment):
-                    yield segment.text.encode("utf-8", "ignore").decode()
-
-
-def _llava_reader(flags: argparse.Namespace, source: str) -> Callable[[Sequence[Path]], Samples]:
-    options = LlavaOptions(source, flags.turns, flags.choices, flags.first_turn, flags.last_turn)
-    images = Path(flags.images or Path(flags.input[0]).parent)
-    return lambda paths: (sample for path in paths for sample in read_llava(path, images, options))
-
-
-def _parquet_reader(flags: argparse.Namespace, source: str) -> Callable[[Sequence[Path]], Samples]:
-    questions = tuple(flags.question) if flags.question else ParquetOptions.questions
-    columns = (flags.image_column, flags.caption_column, flags.label_column)
-    options = ParquetOptions(source, flags.task, *columns, questions, flags.caption_prompt)
-    return lambda paths: read_parquet(paths, options)
-
-
-def _text_reader(flags: argparse.Namespace, source: str) -> Callable[[Sequence[Path]], Samples]:
-    return lambda paths: read_text(paths, source, flags.max_chars)
-
-
-READERS = {"llava": _llava_reader, "parquet": _parquet_reader, "text": _text_reader}
-
-
-def _expand(patterns: Sequence[str], flag: str) -> list[Path]:
-    paths = [Path(path) for pattern in patterns for path in (sorted(glob.glob(pattern)) or [pattern])]
-    if missing := [path for path in paths if not path.is_file()]:
-        raise ValueError(f"{flag}: {missing[0]} is not a file")
-    return paths
 
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--input", nargs="+", required=True, help="files or patterns")
+    common.add_argument("--input", nargs="+", required=True, help="files, patterns, or folders where a layout has them")
     common.add_argument("--val-input", nargs="+", default=[], help="files of the validation split, if the set has one")
     common.add_argument("--val-share", type=float, default=0.01, help="share of records for validation otherwise")
     common.add_argument("--output", required=True, help="prepared folder to make")
@@ -70,61 +32,76 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--train-tokenizer", type=int, default=0, metavar="VOCAB",
                         help="train a byte-level BPE on the input into the --tokenizer folder first")  # fmt: skip
     common.add_argument("--num-shards", type=int, default=4, help="files per split")
+    common.add_argument("--keep-duplicates", action="store_true", help="keep records of equal text and image bytes")
+    common.add_argument("--min-side", type=int, default=Filters.min_side, help="of every image, pixels")
+    common.add_argument("--max-aspect", type=float, default=Filters.max_aspect, help="of every image; 0: no limit")
+    common.add_argument("--min-text", type=int, default=Filters.min_chars, help="characters of a record")
+    common.add_argument("--max-text", type=int, default=Filters.max_chars, help="characters of a record; 0: no limit")
+    common.add_argument("--workers", type=int, default=1, help="processes of this machine that read and check")
+    common.add_argument("--runner", default="", help="run on Apache Beam instead: DirectRunner, DataflowRunner, ...; "
+                        "what the runner needs follows after --")  # fmt: skip
     add_spec_flags(common)
     summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.convert", description=summary)
     layouts = parser.add_subparsers(dest="layout", required=True)
-    llava = layouts.add_parser("llava", parents=[common], help="LLaVA JSON and images")
-    llava.add_argument("--images", default="", help="folder or zip; default: the input's folder")
-    llava.add_argument("--val-images", default="", help="folder or zip of --val-input; default: --images")
-    llava.add_argument("--turns", choices=("independent", "dialogue"), default="independent")
-    llava.add_argument("--choices", choices=("letter", "text"), default="text", help="answers of multiple-choice turns")
-    llava.add_argument("--first-turn", type=int, default=0)
-    llava.add_argument("--last-turn", type=int, default=None)
-    parquet = layouts.add_parser("parquet", parents=[common], help="Hugging Face parquet")
-    parquet.add_argument("--task", choices=("qa", "generation"), default="qa")
-    parquet.add_argument("--image-column", default="image")
-    parquet.add_argument("--caption-column", default="")
-    parquet.add_argument("--label-column", default="")
-    parquet.add_argument("--question", action="append", help="wording of the label's question; may be repeated")
-    parquet.add_argument("--caption-prompt", default=ParquetOptions.caption_prompt)
-    text = layouts.add_parser("text", parents=[common], help="plain text")
-    text.add_argument("--max-chars", type=int, default=600, help="characters per document: it must fit a row")
+    for name, layout in LAYOUTS.items():
+        layout.add_flags(layouts.add_parser(name, parents=[common], help=layout.summary))
     return parser
 
 
-def _convert(flags: argparse.Namespace) -> None:
+def _convert(flags: argparse.Namespace, runner_flags: Sequence[str]) -> None:
     output = Path(flags.output)
-    if output.exists():
-        raise ValueError(f"{output} exists; remove it, or name another folder")
+    require_absent(output)
     if not 0 <= flags.val_share < 1:
         raise ValueError(f"--val-share: {flags.val_share} must lie in [0, 1)")
-    if flags.num_shards < 1:
-        raise ValueError(f"--num-shards: {flags.num_shards} must be positive")
-    source = flags.source or output.name
-    spec = spec_from_flags(flags)
-    train, val = _expand(flags.input, "--input"), _expand(flags.val_input, "--val-input")
-    read = READERS[flags.layout](flags, source)
-    own_images = {"images": flags.val_images} if vars(flags).get("val_images") else {}
-    read_val = READERS[flags.layout](argparse.Namespace(**vars(flags) | own_images), source)
+    for name in ("num_shards", "workers"):
+        if getattr(flags, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {getattr(flags, name)} must be positive")
+    if runner_flags and not flags.runner:
+        raise ValueError(f"{' '.join(runner_flags)}: flags of a runner need --runner")
+    job = _preparation(flags, output)
+    if flags.runner:
+        run_on_beam(job, output, flags.runner, runner_flags)
+    else:
+        run_locally(job, output, flags.workers)
+
+
+def _preparation(flags: argparse.Namespace, output: Path) -> Preparation:
+    source, spec = flags.source or output.name, spec_from_flags(flags)
+    files, val_files = expand(flags.input, "--input"), expand(flags.val_input, "--val-input")
+    read = LAYOUTS[flags.layout].reader(flags, source)
     if flags.train_tokenizer:
         if (Path(flags.tokenizer) / "tokenizer.json").exists():
             raise ValueError(f"--train-tokenizer: {flags.tokenizer} has a tokenizer; leave the flag out to use it")
-        tokenizer = train_tokenizer(texts_of(read(train)), flags.train_tokenizer, flags.tokenizer)
+        tokenizer = train_tokenizer(texts_of(read(files)), flags.train_tokenizer, flags.tokenizer)
     else:
         tokenizer = load_tokenizer(flags.tokenizer)
-    settings = {name: value for name, value in vars(flags).items() if name not in ("output", "tokenizer")}
-    write_prepared(
-        read(train), output, source=source, tokenizer=tokenizer, spec=spec, licence=flags.licence,
-        val_share=0.0 if val else flags.val_share, val_samples=read_val(val), num_shards=flags.num_shards,
-        settings=settings | {"tokenizer": tokenizer.hash},
+    own = {name.removeprefix("val_"): value for name, value in vars(flags).items()
+           if name in ("val_images", "val_split") and value}  # fmt: skip
+    how_it_ran = ("output", "tokenizer", "workers", "runner")
+    settings = {name: value for name, value in vars(flags).items() if name not in how_it_ran}
+    about = About(source, flags.licence, index_key(tokenizer.hash, spec), settings | {"tokenizer": tokenizer.hash})
+    return Preparation(
+        layout=flags.layout, flags=vars(flags), val_flags=vars(flags) | own, source=source, files=tuple(files),
+        val_files=tuple(val_files), tokenizer_folder=flags.tokenizer, spec=spec,
+        filters=Filters(flags.min_side, flags.max_aspect, flags.min_text, flags.max_text),
+        val_share=0.0 if val_files else flags.val_share, keep_duplicates=flags.keep_duplicates,
+        num_shards=flags.num_shards, about=about,
     )  # fmt: skip
+
+
+def _split_at_dashes(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after the first `--`."""
+    at = list(arguments).index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:at]), list(arguments[at + 1 :])
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     try:
-        _convert(_parser().parse_args(arguments))
+        arguments = sys.argv[1:] if arguments is None else arguments
+        own, runner_flags = _split_at_dashes(arguments)
+        _convert(_parser().parse_args(own), runner_flags)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

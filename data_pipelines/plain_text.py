@@ -4,10 +4,10 @@ Nothing is lost: the documents of a file, joined, are the file.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from data_pipelines.writer import Dropped
+from data_pipelines.entries import Dropped
 from unihetero_jax.data.records import Record, TextSegment
 
 _PARAGRAPH = re.compile(r".+?(?:\n(?:[^\S\n]*\n)+|\Z)", re.DOTALL)
@@ -30,15 +30,17 @@ def read_text(paths: Sequence[Path], source: str, max_chars: int) -> Iterator[Re
             yield parse_document(document, source, f"{path.name}[{number}]")
 
 
-def parse_document(text: str, source: str, where: str) -> Record | Dropped:
-    """One document to a record, or why not."""
+def parse_document(
+    text: str, source: str, where: str, meta: Mapping[str, str | int | float] | None = None
+) -> Record | Dropped:
+    """One document to a record, or why not. Without `meta` its id is its place."""
     if not text.strip():
         return Dropped("empty_text", where)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         return Dropped("invalid_text", f"{where}: {error}")
-    return Record(source, "text", (TextSegment(text, True),), {"id": where}, where)
+    return Record(source, "text", (TextSegment(text, True),), dict(meta or {"id": where}), where)
 
 
 def split_documents(text: str, max_chars: int) -> Iterator[str]:

@@ -15,12 +15,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from data_pipelines.convert import Samples, texts_of
+from data_pipelines.entries import Dropped, Samples, texts_of
 from data_pipelines.hf_parquet import ParquetOptions, read_parquet
 from data_pipelines.image_files import DAMAGED_ZIP
 from data_pipelines.llava import LlavaOptions, read_llava
 from data_pipelines.plain_text import read_text
-from data_pipelines.writer import Dropped, check_prepared, write_prepared
+from data_pipelines.writer import check_prepared, write_prepared
+from unihetero_jax.data.question_files import MAX_REFERENCE_CHARS
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -34,8 +35,6 @@ TEXT_CHARS = 150
 STATED = "Is the following statement true or false?"
 STATED_IN_BENCHMARK = "Is the following statement about the image true?"
 TSV = "evalmini/MMBench_DEVMINI.tsv"
-MAX_REFERENCE_CHARS = 64
-"""An image cell this short is the index of an earlier row that holds the picture."""
 BENCHMARKS = {
     "cifar10": ("cifar10", ("object_recognition",)),
     "nlvr": ("nlvr", ("attribute", "spatial_relation", "counting", "object_localization")),

@@ -87,9 +87,11 @@ def get_config(arg: str = "") -> ConfigDict:
                 "image_max_patches": 36,
                 "num_data_shards": 8,
                 "window_size": 2048,
+                "planned_draws": 0,
                 "num_threads": 2,
                 "prefetch_batches": 4,
                 "max_failed_share": 0.001,
+                "verify_digests": True,
             },
             "train": {
                 "num_steps": 1000,

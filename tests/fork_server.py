@@ -99,12 +99,12 @@ def _child(cli, request, output: int) -> None:
             number, at_step = request["signal_at"]
             train = cli.train
 
-            def train_and_signal(config, workdir, hooks, evaluate):
+            def train_and_signal(config, workdir, hooks, *others):
                 def send(step, state):
                     if step == at_step:
                         os.kill(os.getpid(), number)
 
-                return train(config, workdir, [*hooks, send], evaluate)
+                return train(config, workdir, [*hooks, send], *others)
 
             cli.train = train_and_signal
         code = cli.main(request["arguments"])

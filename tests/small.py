@@ -43,9 +43,9 @@ def writing(rng, length=6):
     return PackedSample([tokens(rng, length), TokenPiece([EOS], True)])
 
 
-def batch_of(rows, row_tokens=40, row_patches=40, loss_on="generated"):
+def batch_of(rows, row_tokens=40, row_patches=40):
     """One packed row per list of samples."""
-    made = [assemble_row(samples, row_tokens, row_patches, PATCH, PAD, loss_on) for samples in rows]
+    made = [assemble_row(samples, row_tokens, row_patches, PATCH, PAD) for samples in rows]
     return Batch(**{name: jnp.asarray(value) for name, value in stack_rows(made).items()})
 
 

@@ -1,5 +1,6 @@
 """Odd and broken input: each has a defined result or is a counted drop with its reason; nothing crashes or is lost."""
 
+import hashlib
 import io
 import json
 import re
@@ -377,7 +378,8 @@ def test_stored_images_that_rot_become_padding_and_are_named(tmp_path, tokenizer
         writer.write(records.serialize(record))
     writer.close()
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][path.name]["bytes"] = path.stat().st_size
+    content = path.read_bytes()
+    manifest["files"][path.name] = {"bytes": len(content), "digest": hashlib.blake2b(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     config = make_config(folder, tokenizer_folder, **{"data.max_failed_share": 0.5})
     batches = one_epoch(config, tokenizer)

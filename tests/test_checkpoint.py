@@ -17,7 +17,14 @@ import pytest
 
 from experiments.base import get_config
 from unihetero_jax.arrays import pytree_dataclass
-from unihetero_jax.checkpoint import Checkpointer, CheckpointError, check_config, list_steps, restore_subtree
+from unihetero_jax.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    check_config,
+    check_data,
+    list_steps,
+    restore_subtree,
+)
 from unihetero_jax.config import from_config_dict, to_dict
 
 
@@ -302,6 +309,30 @@ def test_fields_that_may_change_are_announced(two_steps):
     })  # fmt: skip
     assert restore_newest(two_steps, config, messages)[0] == 200
     assert any("train.num_steps: 1000 -> 2000" in message for message in messages)
+
+
+def test_a_changed_mixture_has_to_be_asked_for(two_steps):
+    config = make_config(**{"data.sources.scenes.weight": 2.0})
+    with pytest.raises(ValueError, match=r"data.sources.scenes.weight: 1.0 -> 2.0(.|\n)*--change-mixture"):
+        restore_newest(two_steps, config)
+    checkpointer = Checkpointer(two_steps, config, report=lambda _: None, change_mixture=True)
+    assert checkpointer.restore(abstract(make_state(0)))[0] == 200
+    assert checkpointer.mixture_changes == ["data.sources.scenes.weight: 1.0 -> 2.0"]
+    checkpointer.close()
+    both = make_config(**{"data.sources.scenes.weight": 2.0, "model.decoder.dim": 256})
+    with pytest.raises(ValueError, match=r"model\.decoder\.dim") as caught:
+        Checkpointer(two_steps, both, report=lambda _: None, change_mixture=True).restore(abstract(make_state(0)))
+    assert "data.sources" not in str(caught.value)
+
+
+def test_a_changed_mixture_may_have_other_sources_but_not_other_content():
+    stored = {"tokenizer": "t", "sources": {"a": "1", "b": "2"}}
+    check_data(stored, {"tokenizer": "t", "sources": {"b": "2", "c": "3"}}, "x", mixture_changed=True)
+    for current in ({"tokenizer": "u", "sources": {"a": "1"}}, {"tokenizer": "t", "sources": {"a": "9"}}):
+        with pytest.raises(ValueError, match="trained on other data"):
+            check_data(stored, current, "x", mixture_changed=True)
+    with pytest.raises(ValueError, match=r"sources\.c"):
+        check_data(stored, {"tokenizer": "t", "sources": {"a": "1", "b": "2", "c": "3"}}, "x")
 
 
 def test_free_fields_match_whole_names_only():

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_pipelines.entries import Dropped
 from data_pipelines.hf_parquet import ParquetOptions, parse_row, read_parquet
-from data_pipelines.writer import Dropped
 from unihetero_jax.data.records import ImageSegment, Record, TextSegment
 
 
@@ -76,7 +76,79 @@ def test_the_bytes_of_an_image_choose_the_wording():
     assert sum(counts) == 60 and min(counts) >= 8, counts
 
 
+BLUE = ImageSegment(png("blue", (4, 10)), 10, 4)
+IMAGES = [{"bytes": RED.data, "path": None}, {"bytes": BLUE.data, "path": "b.png"}]
+
+
+def test_a_pair_has_no_prompt():
+    record = parse({}, task="pair", caption_column="caption")
+    assert record == Record("set", "caption", (RED, TextSegment("a dog.", True)), {"id": "train/1.png"})
+
+
+def test_a_list_of_images():
+    record = parse({"image": IMAGES}, label_column="name", questions=("Which animal?",))
+    assert record == Record("set", "vqa", (RED, BLUE, *turn("Which animal?", " dog", 1)), {"id": "b.png"})
+    alone = parse({"image": IMAGES[:1]}, label_column="label", questions=("a", "b", "c"))
+    assert alone.segments == parse({}, label_column="label", questions=("a", "b", "c")).segments
+    for task in ("pair", "generation"):
+        one = parse({"image": [row()["image"]]}, task=task, caption_column="caption")
+        assert one == parse({}, task=task, caption_column="caption") and isinstance(one, Record)
+
+
+def talk(*values):
+    return [{"from": ("human", "gpt")[number % 2], "value": value} for number, value in enumerate(values)]
+
+
+def converse(changes, **options):
+    return parse(changes, task="conversation", **options)
+
+
+def test_a_conversation_with_one_image_several_and_none():
+    values = talk("<image>\nWhat is it?", "red", "Big?", "no")
+    record = converse({"talk": values}, conversation_column="talk")
+    segments = (RED, *turn("What is it?", " red", 1), *turn("Big?", " no", 2))
+    assert record == Record("set", "vqa", segments, {"id": "train/1.png"})
+    messages = [
+        {"role": role, "content": m["value"]} for role, m in zip(("user", "assistant") * 2, values, strict=True)
+    ]
+    assert converse({"talk": messages}, conversation_column="talk") == record
+    values = talk("<image>\nWhat?", "red", "And <image>?", "blue")
+    record = converse({"image": IMAGES, "talk": values}, conversation_column="talk", turns="dialogue")
+    assert record.segments == (
+        RED, *turn("What?", " red", 0), TextSegment("\nAnd"), BLUE, *turn("?", " blue", 0)
+    )  # fmt: skip
+    for image in (None, []):
+        record = converse({"image": image, "talk": talk("Who?", "I")}, conversation_column="talk")
+        assert record == Record("set", "text", turn("Who?", " I", 1), {"id": WHERE})
+    assert converse({"talk": talk("Who?", "I")}, conversation_column="talk", image_column="").kind == "text"
+
+
+def test_choices_of_a_conversation():
+    values = talk("<image>\nHow many?\nA. 4\nB. 5", "B")
+    record = converse({"talk": values}, conversation_column="talk", choices="text")
+    assert record.segments == (RED, *turn("How many?", " 5", 1))
+
+
+def test_texts_of_the_cauldron():
+    texts = [{"user": "Which is red?", "assistant": "1", "source": "x"}, {"user": "Blue?", "assistant": "2"}]
+    record = converse({"image": IMAGES, "texts": texts}, texts_column="texts")
+    segments = (RED, BLUE, *turn("Which is red?", " 1", 1), *turn("Blue?", " 2", 2))
+    assert record == Record("set", "vqa", segments, {"id": "b.png"})
+
+
+TALK = {"task": "conversation", "conversation_column": "talk"}
 REFUSED = {
+    "several_images": ({"image": IMAGES}, {"caption_column": "caption", "task": "pair"}, "several_images"),
+    "several_drawn": ({"image": IMAGES}, {"caption_column": "caption", "task": "generation"}, "several_images"),
+    "no_image_in_list": ({"image": []}, {"label_column": "label"}, "missing_image"),
+    "null_in_list": ({"image": [IMAGES[0], None]}, {"label_column": "label"}, "missing_image"),
+    "no_caption_of_pair": ({"caption": " "}, {"caption_column": "caption", "task": "pair"}, "empty_caption"),
+    "pair_of_no_image": ({"image": b"no"}, {"caption_column": "caption", "task": "pair"}, "not_an_image"),
+    "null_conversation": ({"talk": None}, TALK, "empty_conversation"),
+    "no_mark": ({"talk": talk("What?", "red")}, TALK, "image_count"),
+    "fewer_marks": ({"image": IMAGES, "talk": talk("<image>?", "red")}, TALK, "image_count"),
+    "no_bytes": ({"image": [{"path": "x.png"}], "talk": talk("<image>?", "red")}, TALK, "missing_image"),
+    "null_texts": ({"texts": None}, {"task": "conversation", "texts_column": "texts"}, "empty_conversation"),
     "null_image": ({"image": None}, {"label_column": "label"}, "missing_image"),
     "null_bytes": ({"image": {"bytes": None, "path": "x.png"}}, {"label_column": "label"}, "missing_image"),
     "path_alone": ({"image": "cache/x.png"}, {"label_column": "label"}, "missing_image"),
@@ -106,6 +178,10 @@ def test_what_makes_no_record_has_a_reason_and_a_place(name):
     [
         ({"task": "generation"}, "needs a caption column"),
         ({}, "needs a label column or a caption column"),
+        ({"task": "pair"}, "pair needs a caption column"),
+        ({"task": "conversation", "caption_column": "caption"}, "needs a conversation column or a texts column"),
+        (TALK | {"texts_column": "texts"}, "and not both"),
+        ({"caption_column": "caption", "texts_column": "t"}, "column 't' .* task qa does not use it"),
         ({"label_column": "label", "questions": ()}, "needs a question"),
     ],
 )
@@ -137,6 +213,33 @@ def test_files_are_read_in_order_with_the_names_that_each_states(tmp_path):
         ("unknown_label", "b.parquet[1]"),
         ("unknown_label", "c.parquet[0]"),
     ]
+
+
+def test_lists_of_structs_are_read_from_files(tmp_path):
+    """The Cauldron's schema: images are `list<struct{bytes, path}>`, texts `list<struct{user, assistant, source}>`."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    text = pa.struct([(name, pa.string()) for name in ("user", "assistant", "source")])
+    message = pa.struct([("from", pa.string()), ("value", pa.string())])
+    schema = pa.schema([("images", pa.list_(image)), ("texts", pa.list_(text)), ("conversations", pa.list_(message))])
+    rows = [
+        {"images": IMAGES[:n], "texts": [{"user": f"{n}?", "assistant": "x", "source": "s"}] * n,
+         "conversations": talk("<image>" * n + "How many?", f"{n}")}
+        for n in (1, 2)
+    ]  # fmt: skip
+    rows.append({"images": None, "texts": None, "conversations": talk("How many?", "0")})
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "a.parquet")
+    options = {"task": "conversation", "image_column": "images"}
+    one, two, none = read_parquet([tmp_path / "a.parquet"], ParquetOptions("set", texts_column="texts", **options))
+    assert one.segments == (RED, *turn("1?", " x", 1))
+    assert two.segments == (RED, BLUE, *turn("2?", " x", 1), *turn("2?", " x", 2))
+    assert none == Dropped("empty_conversation", "a.parquet[2]: empty_conversation")
+    options |= {"conversation_column": "conversations", "turns": "dialogue"}
+    made = list(read_parquet([tmp_path / "a.parquet"], ParquetOptions("set", **options)))
+    assert [record.segments for record in made] == [
+        (*images, *turn("How many?", f" {n}", 0)) for n, images in ((1, [RED]), (2, [RED, BLUE]), (0, []))
+    ]
+    with pytest.raises(ValueError, match=r"no column 'talk'; the file has images, texts, conversations"):
+        list(read_parquet([tmp_path / "a.parquet"], ParquetOptions("set", image_column="images", **TALK)))
 
 
 def test_other_files_and_missing_columns_are_named(tmp_path):

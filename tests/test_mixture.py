@@ -7,7 +7,6 @@ import itertools
 import json
 import shlex
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from experiments import base
 from unihetero_jax.config import from_config_dict
 from unihetero_jax.data import mixture, records
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment
+from unihetero_jax.data.schedule import Member, MixtureSchedule, epoch_records
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
 SPEC = ImageSpec(8, 4, 36)
@@ -72,6 +72,7 @@ def write_source(folder, name, tokenizer, splits, spec=SPEC, num_files=2):
         "source": name,
         "files": files,
         "dropped": {},
+        "dropped_examples": {},
         "licence": "",
         "num_records": {split: len(items) for split, items in splits.items()},
         "settings": {},
@@ -225,86 +226,20 @@ def lengths(count, tokens=10):
     return index
 
 
-def make_planner(sizes, weights, window=64, shards=2, seed=0):
-    return mixture.WindowPlanner(
-        {name: lengths(size) for name, size in sizes.items()}, weights, seed, 128, 8, shards, window
-    )
-
-
-def test_weights_hold_exactly_and_evenly():
-    schedule = mixture.source_schedule({"x": 7.0, "y": 2.0, "z": 1.0})
-    assert np.bincount(schedule).tolist() == [7000, 2000, 1000]
-    for start in range(0, 10_000, 1000):
-        assert np.abs(np.bincount(schedule[start : start + 1000]) - [700, 200, 100]).max() <= 1
-    reordered = mixture.source_schedule({"z": 1.0, "x": 7.0, "y": 2.0})
-    assert (np.asarray([1, 2, 0])[schedule] == reordered).all()
-    tiny = np.bincount(mixture.source_schedule({"big": 1e9, "small": 1.0, "other": 1.0}))
-    assert tiny.tolist() == [9998, 1, 1]
-
-
-def test_every_record_once_per_epoch():
-    sizes = {"a": 2500, "b": 7}
-    planner = make_planner(sizes, {"a": 1.0, "b": 1.0})
-    sources, numbers, epochs = planner.draws(0, 15_000)
-    for source, size in enumerate(sizes.values()):
-        mine = numbers[sources == source]
-        assert (epochs[sources == source] == np.arange(7500) // size).all()
-        for epoch in range(len(mine) // size):
-            assert sorted(mine[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
-    first, second = numbers[sources == 0][:2500], numbers[sources == 0][2500:5000]
-    assert (first != second).mean() > 0.9
-    assert (first != np.arange(2500)).mean() > 0.9
-
-
-def test_draws_are_the_same_however_they_are_cut():
-    planner = make_planner({"a": 3000, "b": 1024, "c": 1}, {"a": 5.0, "b": 1.0, "c": 0.5})
-    whole = planner.draws(0, 23_000)
-    for start, stop in itertools.pairwise([0, 1, 63, 1024, 9_999, 10_001, 12_345, 23_000]):
-        for part, full in zip(planner.draws(start, stop), whole, strict=True):
-            np.testing.assert_array_equal(part, full[start:stop])
-
-
-def test_adding_a_source_moves_no_other():
-    def order(planner, source):
-        sources, numbers, _ = planner.draws(0, 30_000)
-        return numbers[sources == source][:3000].tolist()
-
-    alone = make_planner({"a": 3000}, {"a": 1.0})
-    both = make_planner({"new": 50, "a": 3000}, {"new": 1.0, "a": 4.0})
-    assert order(alone, 0) == order(both, 1)
-    assert order(alone, 0) != order(make_planner({"a": 3000}, {"a": 1.0}, seed=1), 0)
-
-
-def test_reads_stay_in_blocks():
-    numbers = make_planner({"a": 100_000}, {"a": 1.0}).draws(0, 10 * 1024)[1]
-    assert all(len(set((numbers[i : i + 1024] // 1024).tolist())) <= 2 for i in range(0, len(numbers), 1024))
+def make_planner(sizes, window=64, shards=2, seed=0):
+    schedule = MixtureSchedule({name: Member(size, 1.0) for name, size in sizes.items()}, seed, window)
+    return mixture.WindowPlanner({name: lengths(size) for name, size in sizes.items()}, schedule, seed, 128, 8, shards)
 
 
 def test_windows_cover_the_draws_once():
-    planner = make_planner({"a": 3000}, {"a": 1.0}, window=100, shards=3)
+    planner = make_planner({"a": 3000}, window=100, shards=3)
     seen = []
     for window in range(5):
         for shard in range(3):
             plan = planner.plan(shard, window)
             assert sorted(itertools.chain(*plan.rows)) == list(range(100))
             seen += plan.records.tolist()
-    assert seen == planner.draws(0, 1500)[1].tolist()
-
-
-def test_plans_far_away_cost_the_same():
-    planner = make_planner({"a": 1_000_000, "b": 999}, {"a": 3.0, "b": 1.0}, window=2048)
-    planner.plan(0, 0)
-
-    def best(window):
-        times = []
-        for attempt in range(3):
-            start = time.perf_counter()
-            planner.plan(0, window + attempt)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    near, far = best(1), best(10**6)
-    assert far < 4 * near + 0.05
+    assert seen == epoch_records(0, "a", 3000, 0, 0, 1500).tolist()
 
 
 def test_too_long_records_are_dropped_and_counted(tmp_path, tokenizer, tokenizer_folder):
@@ -328,6 +263,93 @@ def test_too_long_records_are_dropped_and_counted(tmp_path, tokenizer, tokenizer
     assert sorted(ids) == sorted(
         [f"a/{i}" for i in range(20) if i not in (3, 8)] * 3 + [f"b/{i}" for i in range(10)] * 2
     )
+
+
+def test_a_coin_orders_pairs_anew_in_every_epoch(tmp_path, tokenizer, tokenizer_folder):
+    pair = [record for record in make_records("a", 180) if isinstance(record.segments[-1], ImageSegment)]
+    write_source(tmp_path / "a", "a", tokenizer, {"train": pair, "val": pair})
+    write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 31)})
+
+    def text_first(share, **fields):
+        """Epoch by epoch, whether each record of `a` was drawn text first: then its image carries the loss."""
+        source = {"path": str(tmp_path / "a"), "weight": 30.0, "augment": "none"}
+        source |= {"order": "coin", "text_first_share": share, **fields}
+        config = base.get_config()
+        with config.ignore_type():
+            config.data.sources = {"a": source}
+        config.data.update(
+            tokenizer=str(tokenizer_folder), row_tokens=100, row_patches=36, image_min_patches=4, num_data_shards=1
+        )
+        config.train.global_batch_rows = 1
+        iterator = mixture.make_train_iterator(from_config_dict(config), tokenizer)
+        seen = {}
+        while len(seen) < 120:
+            batch = next(iterator)
+            segments, drawn = batch.arrays["segment_ids"][0], batch.arrays["visual_loss_mask"][0]
+            for number, name in enumerate(batch.sample_ids, start=1):
+                first = seen.setdefault((name, 0), []) if (name, 0) not in seen else seen.setdefault((name, 1), [])
+                first.append(bool(drawn[segments == number].any()))
+        iterator.close()
+        return {key: values[0] for key, values in seen.items()}
+
+    half = text_first(0.5)
+    assert 40 < sum(half.values()) < 80
+    both = [name for name, epoch in half if epoch == 1]
+    assert len(both) == 60 and 10 < sum(half[name, 0] != half[name, 1] for name in both) < 50
+    assert all(text_first(1.0).values()) and not any(text_first(0.0).values())
+    assert not any(text_first(1.0, visual_loss="none").values())
+
+
+def test_targets_are_counted_by_source(reference):
+    for batch in reference[0]:
+        for kind in ("text", "visual"):
+            mask, sources = batch.arrays[f"{kind}_loss_mask"], batch.arrays["source_ids"]
+            counted = {name: batch.counters[f"{kind}_targets/{name}"] for name in "ab"}
+            assert counted == {"a": (mask & (sources == 0)).sum(), "b": (mask & (sources == 1)).sum()}
+            assert sum(counted.values()) == mask.sum() > 0
+
+
+def test_a_mixture_ends_where_every_source_reached_its_epochs(tmp_path, tokenizer, tokenizer_folder):
+    for name, count in (("a", 50), ("b", 20)):
+        write_source(tmp_path / name, name, tokenizer, {"train": make_records(name, count)})
+    config = make_config(tmp_path, tokenizer_folder, train__global_batch_rows=1, data__num_data_shards=1)
+    sources = {name: dataclasses.replace(s, max_epochs=2.0) for name, s in config.data.sources.items()}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    iterator = mixture.make_train_iterator(config, tokenizer)
+    seen = []
+    with pytest.raises(ValueError, match=r"a, b have reached their max_epochs; raise one, or train fewer steps"):
+        while True:
+            seen += next(iterator).sample_ids
+    iterator.close()
+    assert sorted(seen) == sorted(2 * [f"a/{i}" for i in range(50)] + 2 * [f"b/{i}" for i in range(20)])
+
+
+def test_a_changed_mixture_goes_on_where_each_source_was(tmp_path, tokenizer, tokenizer_folder):
+    for name, count in (("a", 400), ("b", 150), ("new", 200)):
+        write_source(tmp_path / name, name, tokenizer, {"train": make_records(name, count)})
+    config = make_config(tmp_path, tokenizer_folder, data__num_data_shards=2)
+    iterator = mixture.make_train_iterator(config, tokenizer)
+    before = [sample for _ in range(4) for sample in next(iterator).sample_ids]
+    state = iterator.get_state()
+    iterator.close()
+    assert state["drawn:a"] % 30 in (0, 1, 29) and state["drawn:a"] >= sum(name[0] == "a" for name in before)
+
+    sources = {"a": dataclasses.replace(config.data.sources["a"], weight=1.0)}
+    sources["new"] = dataclasses.replace(sources["a"], path=str(tmp_path / "new"))
+    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    iterator = mixture.make_train_iterator(changed, tokenizer)
+    assert iterator.start_after(state) == {"a": state["drawn:a"], "new": 0}
+    after, states = [], []
+    for _ in range(4):
+        after.append(next(iterator).sample_ids)
+        states.append(iterator.get_state())
+    drawn = [sample for samples in after for sample in samples]
+    assert len(set(before) & set(drawn)) == 0 and len(set(drawn)) == len(drawn)
+    assert {sample.partition("/")[0] for sample in drawn} == {"a", "new"}
+
+    iterator.set_state(states[2])  # a restart goes on within the changed mixture
+    assert [next(iterator).sample_ids] == after[3:]
+    iterator.close()
 
 
 def test_nothing_fits_is_an_error(tmp_path, tokenizer, tokenizer_folder):
@@ -360,7 +382,8 @@ def damage(folder, bad):
         writer.close()
     manifest = json.loads((folder / "manifest.json").read_text())
     for file, entry in manifest["files"].items():
-        entry["bytes"] = (folder / file).stat().st_size
+        content = (folder / file).read_bytes()
+        entry |= {"bytes": len(content), "digest": hashlib.blake2b(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -407,7 +430,10 @@ def test_damaged_block_of_a_file(tmp_path, tokenizer, tokenizer_folder):
     position = target if target > 0 else len(content) // 3
     content[position] ^= 0xFF
     path.write_bytes(bytes(content))
-    batches = take(mixture.make_train_iterator(make_config(tmp_path, tokenizer_folder), tokenizer), 24)
+    with pytest.raises(ValueError, match=r"the content of .*b/train-00000-of-00002\.array_record is not the one that"):
+        take(mixture.make_train_iterator(make_config(tmp_path, tokenizer_folder), tokenizer), 24)
+    by_size = make_config(tmp_path, tokenizer_folder, data__verify_digests=False)
+    batches = take(mixture.make_train_iterator(by_size, tokenizer), 24)
     failed = sum(batch.counters["failed/b"] for batch in batches)
     assert 0 < failed < sum(batch.counters["samples/b"] for batch in batches)
     assert sum(batch.counters.get("failed_reason/unreadable_record", 0) for batch in batches) == failed
@@ -422,7 +448,10 @@ def test_too_many_failures_stop_the_run(tmp_path, tokenizer, tokenizer_folder, m
         make_config(tmp_path, tokenizer_folder, data__max_failed_share=0.01), tokenizer
     )
     count = 0
-    with pytest.raises(ValueError, match=r"samples could not be read, more than data\.max_failed_share 0\.01"):
+    with pytest.raises(
+        ValueError,
+        match=r"of source 'a' could not be read, more than data\.max_failed_share 0\.01; the first: .*: rec",
+    ):
         for batch in iterator:
             count += len(batch.sample_ids)
             assert count < 400

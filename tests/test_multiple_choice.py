@@ -105,7 +105,7 @@ def plain_scores(item: Item, tokenizer: Tokenizer, config: Config) -> list[float
         if item.image is not None:
             segments.insert(0, ImageSegment(item.image, *probe_image(item.image)))
         sample = sample_from_record(Record("x", "vqa", tuple(segments)), tokenizer, image_spec(config), source_id=0)
-        row = assemble_row([sample], 256, 72, config.model.encoder.patch_size, tokenizer.pad_id, "generated")
+        row = assemble_row([sample], 256, 72, config.model.encoder.patch_size, tokenizer.pad_id)
         batch = stack_rows([row])
         places = np.flatnonzero(batch["text_loss_mask"][0])
         assert batch["tokens"][0, places[-1]] == tokenizer.eos_id, (

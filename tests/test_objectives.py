@@ -10,6 +10,7 @@ import small
 from conftest import make_tiny_config
 
 from unihetero_jax.objectives import (
+    across_image_spread,
     compute_loss,
     count_targets,
     embedding_distance,
@@ -102,6 +103,35 @@ def test_within_image_spread_is_one_minus_the_mean_cosine_of_pairs():
     total, count = within_image_spread(jnp.asarray(embeddings), jnp.repeat(jnp.array([images]), 4, axis=1))
     assert count == 2
     np.testing.assert_allclose(total, sum(spreads), rtol=1e-5)
+
+
+def test_across_image_spread_is_one_minus_the_mean_cosine_at_each_place():
+    rng = np.random.default_rng(3)
+    embeddings = rng.standard_normal((2, 7, 5)).astype(np.float32) + 1
+    images = np.array([[1, 1, 1, 2, 2, 3, 0], [1, 1, 2, 2, 2, 2, 0]])
+    by_place = {}
+    for row, ids in enumerate(images):
+        for image in set(ids.tolist()) - {0}:
+            for place, i in enumerate(np.flatnonzero(ids == image)):
+                by_place.setdefault(place, []).append(embeddings[row, i] / np.linalg.norm(embeddings[row, i]))
+    spreads = [
+        1 - np.mean([a @ b for i, a in enumerate(z) for j, b in enumerate(z) if i != j])
+        for z in by_place.values() if len(z) > 1
+    ]  # fmt: skip
+    assert len(by_place) == 4 and len(spreads) == 3, "one place has one image only"
+    total, count = across_image_spread(jnp.asarray(embeddings), jnp.repeat(jnp.asarray(images), 4, axis=1))
+    assert count == 3
+    np.testing.assert_allclose(total, sum(spreads), rtol=1e-5)
+
+
+def test_tokens_that_tell_their_place_alone_have_no_spread_across_images():
+    embeddings = jnp.tile(jnp.eye(3)[None], (2, 4, 1))  # four images a row, each of the same three different tokens
+    image_ids = jnp.repeat(jnp.repeat(jnp.arange(1, 5), 3)[None], 2, axis=0)
+    total, count = across_image_spread(embeddings, jnp.repeat(image_ids, 4, axis=1))
+    assert count == 3
+    np.testing.assert_allclose(total, 0, atol=1e-5)
+    within, _ = within_image_spread(embeddings, jnp.repeat(image_ids, 4, axis=1))
+    np.testing.assert_allclose(within, 8, rtol=1e-6)
 
 
 def test_a_collapsed_image_has_no_spread_however_different_the_images_are():

@@ -9,6 +9,7 @@ from PIL import Image
 from unihetero_jax.data import packing, records
 from unihetero_jax.data.packing import Hole, ImagePiece, PackedSample, TokenPiece
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, RecordError, TextSegment
+from unihetero_jax.data.roles import Role
 from unihetero_jax.data.tokenizer import train_tokenizer
 
 BOI, EOI, EOS, PAD = 101, 102, 103, 100
@@ -90,11 +91,6 @@ def test_fields_are_those_of_the_batch():
     assert set(row) == set(arrays.Batch.__dataclass_fields__)
     stacked = packing.stack_rows([row, row, row])
     assert stacked["tokens"].shape == (3, 24) and stacked["patches"].shape == (3, 40, 3)
-
-
-def test_visual_loss_on_all_images():
-    row = packing.assemble_row(drawn_samples(), 24, 40, 1, PAD, "all")
-    np.testing.assert_array_equal(row["visual_loss_mask"], row["visual_mask"])
 
 
 def test_a_hole_moves_nothing_behind_it():
@@ -190,10 +186,9 @@ def test_cost_of_planner_and_reader_agree(name, tokenizer):
     assert sample.identity == records.content_hash(records.serialize(record))
 
 
-def targets(segments, tokenizer):
-    row = packing.assemble_row(
-        [packing.sample_from_record(Record("s", "vqa", segments), tokenizer, SPEC)], 64, 32, 4, tokenizer.pad_id
-    )
+def targets(segments, tokenizer, role=Role()):  # noqa: B008 - frozen
+    sample = packing.sample_from_record(Record("s", "vqa", segments), tokenizer, SPEC, role=role)
+    row = packing.assemble_row([sample], 64, 32, 4, tokenizer.pad_id)
     names = {tokenizer.boi_id: "boi", tokenizer.eoi_id: "eoi", tokenizer.eos_id: "eos"}
     tokens = [names.get(int(t), tokenizer.decode([t])) for t in row["tokens"]]
     shown = [
@@ -236,70 +231,34 @@ def test_targets_of_turns(tokenizer):
     assert shown == "-q -z -eos"
 
 
+def test_targets_follow_the_role(tokenizer):
+    pair = (image(8, 8), TextSegment("q", True))
+    shown, row = targets(pair, tokenizer, Role(order="text_first"))
+    assert shown == "-q +boi -v +eoi +eos" and row["visual_loss_mask"].sum() == 1
+    shown, row = targets(pair[::-1], tokenizer, Role(order="image_first"))
+    assert shown == "-boi -v -eoi +q +eos" and not row["visual_loss_mask"].any()
+    shown, row = targets(pair, tokenizer, Role(visual_loss="all"))
+    assert shown == "-boi -v -eoi +q +eos" and row["visual_loss_mask"].sum() == 1
+    shown, row = targets(pair, tokenizer, Role(order="text_first", text_loss="none"))
+    assert shown == "-q -boi -v -eoi -eos" and row["visual_loss_mask"].sum() == 1
+    shown, row = targets(pair, tokenizer, Role(order="text_first", visual_loss="none"))
+    assert shown == "-q +boi -v +eoi +eos" and not row["visual_loss_mask"].any()
+    shown, row = targets((image(8, 8),), tokenizer, Role(visual_loss="all"))  # an image alone has no text to train
+    assert shown == "-boi -v -eoi -eos" and row["visual_loss_mask"].sum() == 1
+
+
+def test_only_pairs_are_turned_around(tokenizer):
+    for name in ("read", "dialogue", "turns", "two images", "text"):
+        record = Record("s", "vqa", RECORDS[name])
+        stored = packing.sample_from_record(record, tokenizer, SPEC)
+        asked = packing.sample_from_record(record, tokenizer, SPEC, role=Role(order="text_first"))
+        assert asked.left_out == ("order",) and stored.left_out == ()
+        rows = [packing.assemble_row([sample], 64, 32, 4, tokenizer.pad_id) for sample in (stored, asked)]
+        for field in rows[0]:
+            np.testing.assert_array_equal(rows[0][field], rows[1][field])
+
+
 def test_images_that_lie_about_their_size(tokenizer):
     lying = ImageSegment(image(8, 8).data, 8, 16)
     with pytest.raises(RecordError, match="size_mismatch"):
         packing.sample_from_record(Record("s", "caption", (lying,)), tokenizer, SPEC)
-
-
-def check_plan(costs, row_tokens, row_patches, rows):
-    assert sorted(i for row in rows for i in row) == list(range(len(costs)))
-    for row in rows:
-        assert row and row == sorted(row)
-        assert (costs[row].sum(axis=0) <= (row_tokens, row_patches)).all()
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_plan_keeps_every_item_once_within_capacity(seed):
-    rng = np.random.default_rng(seed)
-    row_tokens, row_patches = int(rng.integers(8, 300)), int(rng.integers(0, 80)) * 4
-    count = int(rng.integers(0, 400))
-    costs = np.stack(
-        [rng.integers(0, row_tokens + 1, count), rng.integers(0, row_patches // 4 + 1, count) * 4], axis=-1
-    )
-    costs[rng.random(count) < rng.random(), 1] = 0
-    costs[rng.random(count) < 0.1] = (row_tokens, row_patches)
-    check_plan(costs, row_tokens, row_patches, packing.plan_rows(costs, row_tokens, row_patches))
-    check_plan(costs, row_tokens, row_patches, packing.plan_rows(costs, row_tokens, row_patches, spread_images=False))
-
-
-def realistic_lengths(count, seed, row_tokens):
-    """Log-normal text, and in 70% of the samples one to four images of 1 to 10 tiles of 64 tokens."""
-    rng = np.random.default_rng(seed)
-    text = np.clip(rng.lognormal(4.5, 1.0, count).astype(int), 4, row_tokens // 2)
-    num_images = rng.choice([0, 1, 1, 1, 1, 2, 4], count)
-    tiles = np.asarray([rng.choice([1, 5, 10], n).sum() if n else 0 for n in num_images])
-    visual = np.minimum(tiles * 64, row_tokens // 2 - 16)
-    return np.stack([text + visual + 2 * num_images + 1, visual * 4], axis=-1)
-
-
-@pytest.mark.parametrize("patches_per_token", [4, 3.6, 3.4])
-def test_padding_is_small(patches_per_token):
-    costs = realistic_lengths(3000, 0, 4096)
-    row_patches = int(4096 * patches_per_token) // 4 * 4
-    rows = packing.plan_rows(costs, 4096, row_patches)
-    check_plan(costs, 4096, row_patches, rows)
-    assert 1 - costs[:, 0].sum() / (len(rows) * 4096) < 0.005
-
-
-def test_rows_stay_near_the_bound_when_patches_are_scarce():
-    costs = realistic_lengths(3000, 0, 4096)
-    rows = packing.plan_rows(costs, 4096, 3 * 4096)
-    check_plan(costs, 4096, 3 * 4096, rows)
-    assert len(rows) <= 1.03 * costs[:, 1].sum() / (3 * 4096)
-
-
-def test_images_are_spread_over_the_rows():
-    costs = np.asarray([[20, 16]] * 50 + [[5, 0]] * 300)
-    rows = packing.plan_rows(costs, 100, 64)
-    assert len(rows) == 25
-    assert max(costs[row, 1].sum() for row in rows) == 32
-    apart = packing.plan_rows(costs, 100, 64, spread_images=False)
-    assert max(costs[row, 1].sum() for row in apart) == 64
-
-
-def test_an_item_too_long_is_named():
-    with pytest.raises(
-        ValueError, match="1 items do not fit a row of 10 tokens and 8 patches; item 1 takes 11 tokens and 4 patches"
-    ):
-        packing.plan_rows(np.asarray([[4, 4], [11, 4]]), 10, 8)

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from data_pipelines import convert, real
+from data_pipelines.entries import Dropped
 from data_pipelines.image_files import ImageFiles
 from data_pipelines.llava import LlavaOptions, parse_entry
-from data_pipelines.writer import Dropped, read_records
+from data_pipelines.writer import read_records
 from unihetero_jax.data.records import ImageSegment, Record, RecordError, TextSegment
 from unihetero_jax.data.tokenizer import load_tokenizer
 
@@ -168,7 +169,7 @@ def test_convert_parquet_and_text(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["text", "--input=none.txt"], "--input: none.txt is not a file"),
+        (["text", "--input=none.txt"], "--input: none.txt does not exist"),
         (["text", "--input={here}", "--val-share=1.5"], "--val-share: 1.5 must lie in [0, 1)"),
         (["text", "--input={here}", "--num-shards=0"], "--num-shards: 0 must be positive"),
         (["text", "--input={here}", "--max-patches=2", "--min-patches=1"], "--max-patches 2"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines import real
-from data_pipelines.writer import Dropped
+from data_pipelines.entries import Dropped
 from unihetero_jax.data.records import ImageSegment, Record, TextSegment
 
 DATA = Path(os.environ.get("UNIHETERO_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

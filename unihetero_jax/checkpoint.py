@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,11 +43,13 @@ COMPLETED = "completed.json"
 FREE_FIELDS = (
     "train.num_steps", "train.log_every_steps", "train.eval_every_steps", "train.accumulation_steps",
     "train.max_consecutive_skips", "checkpoint", "mesh", "eval", "diagnostics",
-    "data.num_threads", "data.prefetch_batches", "data.max_failed_share",
+    "data.num_threads", "data.prefetch_batches", "data.max_failed_share", "data.verify_digests",
     "model.encoder.remat", "model.decoder.remat",
 )  # fmt: skip
 """Fields, or whole sections, that may change between a save and its restore: they move no data and no arithmetic beyond
 rounding. `train.num_steps` reshapes the schedule, so a change of it is announced."""
+MIXTURE_FIELDS = ("data.sources", "data.planned_draws", "data.window_size")
+"""What a change of the mixture may change, when it is asked for."""
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -67,6 +69,10 @@ class Checkpointer:
         data_identity: what the configuration's paths held: `tokenizer` (hash) and `sources` (digest by name); stored
             and compared likewise, for a folder may be prepared anew at the same path.
         report: receives messages for the user (process 0 only).
+        change_mixture: a stored step may have another mixture.
+
+    Attributes:
+        mixture_changes: how the mixture of the restored step differs, as `path: old -> new`.
     """
 
     def __init__(
@@ -75,8 +81,10 @@ class Checkpointer:
         config: Config,
         data_identity: Mapping[str, Any] = types.MappingProxyType({}),
         report: Callable[[str], None] = print,
+        change_mixture: bool = False,
     ):
         self._root = _checkpoint_root(workdir)
+        self._change_mixture, self.mixture_changes = change_mixture, []
         self._config, self._data_identity = config, dict(data_identity)
         self._report = report if jax.process_index() == 0 else lambda _: None
         self._own_steps: set[int] = set()
@@ -174,9 +182,12 @@ class Checkpointer:
             return None
         self._manager.reload()
         metadata = self._manager.restore(chosen, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
-        for line in check_config(metadata["config"], to_dict(self._config), str(self._root / str(chosen))):
+        may_change = FREE_FIELDS + (MIXTURE_FIELDS if self._change_mixture else ())
+        changed = check_config(metadata["config"], to_dict(self._config), str(self._root / str(chosen)), may_change)
+        for line in changed:
             self._report(f"checkpoint {chosen}: continuing with a changed field: {line}")
-        check_data(metadata["data"], self._data_identity, str(self._root / str(chosen)))
+        self.mixture_changes = [line for line in changed if _is_within(line.partition(":")[0], MIXTURE_FIELDS)]
+        check_data(metadata["data"], self._data_identity, str(self._root / str(chosen)), bool(self.mixture_changes))
         stored = read_manifest(self._root / str(chosen))["arrays"]
         wanted = _named_leaves(target)
         _check_arrays(stored, wanted, self._root / str(chosen))
@@ -392,34 +403,47 @@ def run_metadata(config: Config, data_identity: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def check_config(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> list[str]:
+def check_config(
+    stored: Mapping[str, Any], current: Mapping[str, Any], where: str, may_change: Sequence[str] = FREE_FIELDS
+) -> list[str]:
     """Compares a checkpoint's configuration with the current one.
 
     Returns:
-        Differences in fields that may change freely, to be shown, as `path: old -> new`.
+        Differences in fields (or sections) that may change, to be shown, as `path: old -> new`.
 
     Raises:
         ValueError: listing every other difference.
     """
     changed = differences(stored, current)
-    free = [line for line in changed if _is_free(line.partition(":")[0])]
+    free = [line for line in changed if _is_within(line.partition(":")[0], may_change)]
     binding = [line for line in changed if line not in free]
     if binding:
+        mixture_alone = all(_is_within(line.partition(":")[0], MIXTURE_FIELDS) for line in binding)
+        or_change = "; or go on with the changed mixture by --change-mixture" if mixture_alone else ""
         raise ValueError(
             f"{where} was written with another config:\n" + "".join(f"  - {line}\n" for line in binding)
             + "restore these fields to continue that run; else use a new --workdir (and init_from its weights)"
+            + or_change
         )  # fmt: skip
     return free
 
 
-def check_data(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
+def check_data(
+    stored: Mapping[str, Any], current: Mapping[str, Any], where: str, mixture_changed: bool = False
+) -> None:
     """Compares what a checkpoint's data were with what lies at the same paths now; an unknown identity fits all.
+
+    With `mixture_changed`, sources may be new or gone; one that both have must hold the same.
 
     Raises:
         ValueError: naming the tokenizer and the sources that hold something else.
     """
     if not stored or not current:
         return
+    if mixture_changed:
+        both = stored["sources"].keys() & current["sources"].keys()
+        stored, current = ({**data, "sources": {name: data["sources"][name] for name in both}}
+                           for data in (stored, current))  # fmt: skip
     changed = differences(stored, current)
     if changed:
         raise ValueError(
@@ -429,8 +453,8 @@ def check_data(stored: Mapping[str, Any], current: Mapping[str, Any], where: str
         )  # fmt: skip
 
 
-def _is_free(field: str) -> bool:
-    return any(field == free or field.startswith(f"{free}.") for free in FREE_FIELDS)
+def _is_within(field: str, sections: Sequence[str]) -> bool:
+    return any(field == section or field.startswith(f"{section}.") for section in sections)
 
 
 def _kill_point(point: str, step: int) -> None:

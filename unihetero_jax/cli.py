@@ -1,8 +1,9 @@
-"""The commands: train, evaluate, generate."""
+"""The commands: train, evaluate, generate, data-stats."""
 
 import argparse
 import dataclasses
 import functools
+import json
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from data_pipelines.scene_world import ensure_scene_world
+from unihetero_jax import data_stats
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
@@ -59,11 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unihetero_jax", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="train|evaluate|generate")
+    commands = parser.add_subparsers(required=True, metavar="train|evaluate|generate|data-stats")
 
     trains = commands.add_parser("train", allow_abbrev=False, help="train, or go on training, the run in a workdir")
     trains.add_argument("--config", required=True, help="experiments/x.py[:argument]; fields by --config.a.b=value")
     trains.add_argument("--workdir", required=True)
+    trains.add_argument(
+        "--change-mixture", action="store_true", help="go on from a checkpoint of another data.sources, where each was"
+    )
     trains.set_defaults(command=_train)
 
     evaluates = commands.add_parser("evaluate", allow_abbrev=False, help="score a run's checkpoint on benchmarks")
@@ -82,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     generates.add_argument("--top-p", type=float, default=1.0)
     generates.add_argument("--seed", type=int, default=0)
     generates.set_defaults(command=_generate)
+    stats = commands.add_parser("data-stats", allow_abbrev=False, help="what a mixture holds, what a run drew of it")
+    chosen = stats.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--workdir", default="", help="a run: also what it has drawn")
+    chosen.add_argument("--config", default="", help="an experiment that has not run yet")
+    stats.set_defaults(command=_data_stats)
     for command in (evaluates, generates):
         command.add_argument("--workdir", required=True)
         command.add_argument("--step", type=int, default=-1, help="-1: the newest that verifies")
@@ -91,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(flags: argparse.Namespace, overrides: list[str]) -> None:
     config = parse_config_flags(flags.config, overrides)
-    run_training(config, flags.workdir)
+    run_training(config, flags.workdir, change_mixture=flags.change_mixture)
 
 
 def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -121,7 +131,21 @@ def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
     print(generate_text(run.config, run.params, run.tokenizer, prompts, flags.max_new_tokens, sampling, flags.seed)[0])
 
 
-def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = ()) -> TrainState:
+def _data_stats(flags: argparse.Namespace, overrides: list[str]) -> None:
+    if flags.config:
+        config = parse_config_flags(flags.config, overrides)
+    else:
+        step, totals = data_stats.last_totals(flags.workdir)
+        config = with_overrides(json.loads((Path(flags.workdir) / "config.json").read_text()), overrides)
+    lengths, costs = data_stats.mixture_lengths(config)
+    print(data_stats.format_lengths(lengths))
+    if flags.workdir:
+        print(f"\ndrawn up to step {step}:\n{data_stats.format_totals(totals, lengths)}")
+    sizes, proposed = data_stats.row_sizes(costs, config.data.row_tokens)
+    print("\n" + data_stats.format_row_sizes(sizes, proposed, config))
+
+
+def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = (), change_mixture: bool = False) -> TrainState:
     """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
     prepare_workdir(workdir)  # before minutes go into a scene world
     world = config.scene_world
@@ -129,7 +153,7 @@ def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = ()) -> Tr
         vocab_size = config.model.decoder.vocab_size
         ensure_scene_world(world.path, world.level, world.num_scenes, image_spec(config), vocab_size)
     _check_evaluation(config)
-    return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir))
+    return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir), change_mixture)
 
 
 def _check_evaluation(config: Config) -> None:

@@ -67,7 +67,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> Confi
     """Sets fields of a plain configuration and builds it; `values` stays as it is.
 
     A section of named entries (`data.sources`, `eval.benchmarks`) takes new names; an entry with fields of its own has
-    to be given whole.
+    to be given whole, but for those with a default.
 
     Raises:
         ConfigError: listing every fault of the overrides and of the resulting configuration.
@@ -78,7 +78,8 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> Confi
     for override in overrides:
         _apply(values, override, faults, new_entries)
     for path, (section, name, entry_type) in new_entries.items():
-        missing = [field.name for field in dataclasses.fields(entry_type) if field.name not in section[name]]
+        needed = [field.name for field in dataclasses.fields(entry_type) if field.default is dataclasses.MISSING]
+        missing = [field for field in needed if field not in section[name]]
         if missing:
             known = [key for key in section if key != name]
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

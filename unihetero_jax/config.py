@@ -7,6 +7,7 @@ two places. Past `from_config_dict` no ConfigDict is seen and nothing is read by
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import types
@@ -161,11 +162,30 @@ class InitFromConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One member of the mixture: a prepared folder, its weight (share of drawn samples), and its augmentation."""
+    """One member of the mixture.
+
+    Attributes:
+        path: prepared folder.
+        weight: its share of the drawn samples is proportional to this.
+        augment: augmentation of its images.
+        weight_schedule: (progress, factor) pairs: the weight is multiplied by the factor, linear in the share of
+            `data.planned_draws` drawn. Empty: constant. So a curriculum is data, not code.
+        max_epochs: it is drawn at most so many times its size; 0: without limit.
+        order: of a record that is one image and one text: as stored, image or text first, or by a coin for each draw.
+        text_first_share: of a coin's draws.
+        text_loss: `stored`: text is supervised where its record says so; `none`: read only.
+        visual_loss: images that may carry the visual loss; `inherit`: as `loss.visual_loss_on`.
+    """
 
     path: str
     weight: float
     augment: Literal["none", "mirror_shift", "nlvr"]
+    weight_schedule: tuple[tuple[float, ...], ...] = ()
+    max_epochs: float = 0.0
+    order: Literal["stored", "image_first", "text_first", "coin"] = "stored"
+    text_first_share: float = 0.5
+    text_loss: Literal["stored", "none"] = "stored"
+    visual_loss: Literal["inherit", "generated", "all", "none"] = "inherit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +201,8 @@ class SceneWorldConfig:
 class DataConfig:
     """The training stream; a pure function of these fields.
 
+    What has a default here came after 0.1.0: the configuration of an older run lacks it, and can be read all the same.
+
     Attributes:
         sources: by name; random order is seeded by the name, so adding one moves no other.
         seed: of the data order, apart from the model's `seed`.
@@ -192,7 +214,9 @@ class DataConfig:
         window_size: draws that are planned together.
         num_threads: threads that read and decode rows (no part of the stream).
         prefetch_batches: batches prepared ahead (no part of the stream).
-        max_failed_share: share of samples that may fail to read or decode before the run stops.
+        max_failed_share: share of a source's samples that may fail to read or decode before the run stops.
+        planned_draws: draws at which a `weight_schedule` has run its course; 0 where no source has one.
+        verify_digests: compare each shard file's content with its digest when it is read first; else sizes alone.
     """
 
     sources: Mapping[str, SourceConfig]
@@ -207,6 +231,8 @@ class DataConfig:
     num_threads: int
     prefetch_batches: int
     max_failed_share: float
+    planned_draws: int = 0
+    verify_digests: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +353,12 @@ def config_hash(config: Config) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
+def visual_loss_of(config: Config, source: str) -> Literal["generated", "all", "none"]:
+    """Which images of a source may carry the visual loss."""
+    own = config.data.sources[source].visual_loss
+    return config.loss.visual_loss_on if own == "inherit" else own
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted paths where two plain configurations differ, as `path: old -> new`."""
     a, b = _flatten(old), _flatten(new)
@@ -368,7 +400,11 @@ def _build(cls: type, values: Any, path: str, faults: list[str]) -> Any:
             hint = f"; did you mean {_join(path, close[0])}?" if close else f"; fields here: {', '.join(hints)}"
             faults.append(f"{_join(path, key)}: unknown field{hint}")
     built = {}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     for name, hint in hints.items():
+        if name not in values and defaults[name] is not dataclasses.MISSING:
+            built[name] = defaults[name]
+            continue
         if name not in values:
             faults.append(f"{_join(path, name)}: missing (defaults are in experiments/base.py)")
             continue
@@ -496,14 +532,7 @@ def _validate_data(config: Config) -> list[str]:
         ),
         (0 <= data.max_failed_share <= 1, f"data.max_failed_share {data.max_failed_share} must lie in [0, 1]"),
     ]
-    for name, source in data.sources.items():
-        rules.append(
-            (
-                source.weight > 0,
-                f"data.sources.{name}.weight {source.weight} must be positive; "
-                "to leave the source out, remove it from the config",
-            )
-        )
+    rules += [rule for name in data.sources for rule in _source_rules(config, name)]
     positive = {
         "data": (
             data,
@@ -519,6 +548,38 @@ def _validate_data(config: Config) -> list[str]:
             )
         )
     return _broken(rules) + _not_positive(positive)
+
+
+def _source_rules(config: Config, name: str) -> list[tuple[bool, str]]:
+    source, path = config.data.sources[name], f"data.sources.{name}"
+    pairs = all(len(pair) == 2 for pair in source.weight_schedule)
+    at = [pair[0] for pair in source.weight_schedule] if pairs else []
+    rising = all(a < b for a, b in itertools.pairwise([-1e-9, *at, 1 + 1e-9])) if at else True
+    return [
+        (
+            source.weight > 0,
+            f"{path}.weight {source.weight} must be positive; to leave the source out, remove it from the config",
+        ),
+        (
+            pairs and rising and all(pair[1] >= 0 for pair in source.weight_schedule if pairs),
+            f"{path}.weight_schedule {source.weight_schedule}: give (progress, factor) pairs, progress rising within "
+            "[0, 1], factors not negative",
+        ),
+        (
+            not source.weight_schedule or config.data.planned_draws > 0,
+            f"{path}.weight_schedule needs data.planned_draws: the number of draws at which progress is 1",
+        ),
+        (source.max_epochs >= 0, f"{path}.max_epochs {source.max_epochs} must not be negative; 0 means without limit"),
+        (
+            0 <= source.text_first_share <= 1,
+            f"{path}.text_first_share {source.text_first_share} must lie in [0, 1]",
+        ),
+        (
+            not (config.loss.cut_input_gradient and visual_loss_of(config, name) == "all"),
+            f"loss.cut_input_gradient with a visual loss on all images of {path} would train encoder and projector by "
+            "nothing; set loss.visual_loss_on or the source's visual_loss to generated",
+        ),
+    ]
 
 
 def _validate_optimization(optimizer: OptimizerConfig, loss: LossConfig) -> list[str]:
@@ -541,11 +602,6 @@ def _validate_optimization(optimizer: OptimizerConfig, loss: LossConfig) -> list
         (
             not (loss.visual_loss == "cosine" and loss.target_norm == "l2"),
             "loss.visual_loss=cosine normalises already; set loss.target_norm to none or layer_norm",
-        ),
-        (
-            not (loss.cut_input_gradient and loss.visual_loss_on == "all"),
-            "loss.cut_input_gradient with loss.visual_loss_on=all would train encoder and projector by nothing; "
-            "set loss.visual_loss_on=generated",
         ),
     ]
     positive = {"optimizer": (optimizer, ("learning_rate", "clip_norm", "eps")), "loss": (loss, ("text_chunk",))}

@@ -16,7 +16,7 @@ from etils import epath
 from flax import nnx
 
 from unihetero_jax.arrays import Batch, LossOutput
-from unihetero_jax.config import COMPONENTS, Config, MeshConfig, config_hash
+from unihetero_jax.config import COMPONENTS, Config, MeshConfig, config_hash, visual_loss_of
 from unihetero_jax.model import unihetero
 from unihetero_jax.objectives import GRADIENT_TABLE, count_targets, reached
 from unihetero_jax.state import ema_components
@@ -133,9 +133,9 @@ def format_table(config: Config, norms: Mapping[str, Mapping[str, float]]) -> st
 
 def _twin_batch(config: Config) -> Batch:
     """One row: `text text boi v v eoi` (generated image), then `boi v v eoi text text` (an image that is read)."""
-    generated = config.loss.visual_loss_on == "all"
+    also_read = any(visual_loss_of(config, name) == "all" for name in config.data.sources)
     visual = np.array([[0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0]], bool)
-    carries = np.array([[0, 0, 0, 1, 1, 0, 0, generated, generated, 0, 0, 0]], bool)
+    carries = np.array([[0, 0, 0, 1, 1, 0, 0, also_read, also_read, 0, 0, 0]], bool)
     boi = np.array([[0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0]])
     length = visual.shape[1]
     patch = config.model.encoder.patch_size

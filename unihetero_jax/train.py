@@ -40,7 +40,11 @@ class Interrupted(Exception):
 
 
 def train(
-    config: Config, workdir: epath.PathLike, hooks: Sequence[Hook] = (), evaluate: Evaluate | None = None
+    config: Config,
+    workdir: epath.PathLike,
+    hooks: Sequence[Hook] = (),
+    evaluate: Evaluate | None = None,
+    change_mixture: bool = False,
 ) -> TrainState:
     """Trains, or goes on training, the experiment in `workdir`.
 
@@ -49,6 +53,7 @@ def train(
         workdir: folder of the run; holds config.json, metrics.jsonl, tensorboard/, checkpoints/, eval/.
         hooks: called with (step, state) after every step.
         evaluate: called with (state, step) once the last step is done.
+        change_mixture: the checkpoint to go on from may have another mixture; each source goes on where it was.
 
     Returns:
         The state after `train.num_steps` steps.
@@ -62,7 +67,7 @@ def train(
     workdir = prepare_workdir(workdir)
     with RunLock(workdir) as lock:
         with _StopSignals() as stop:
-            done, state = _train_steps(config, workdir, hooks, lock, stop)
+            done, state = _train_steps(config, workdir, hooks, lock, stop, change_mixture)
         if stop.requested and done < config.train.num_steps:
             raise Interrupted(done, stop.requested)
         if evaluate is not None:
@@ -71,7 +76,12 @@ def train(
 
 
 def _train_steps(
-    config: Config, workdir: epath.Path, hooks: Sequence[Hook], lock: RunLock, stop: "_StopSignals"
+    config: Config,
+    workdir: epath.Path,
+    hooks: Sequence[Hook],
+    lock: RunLock,
+    stop: "_StopSignals",
+    change_mixture: bool,
 ) -> tuple[int, TrainState]:
     """Takes steps until the last one or a request to stop, and saves. Returns the step that it ended at, its state."""
     mesh = make_mesh(config.mesh)
@@ -80,7 +90,7 @@ def _train_steps(
     data_identity = {"tokenizer": tokenizer.hash, "sources": stream.digests}
     validate = _make_validation(config, mesh, tokenizer)
     gradient_table.prove(config, step.loss_terms, workdir)
-    checkpointer = Checkpointer(workdir, config, data_identity, announce)
+    checkpointer = Checkpointer(workdir, config, data_identity, announce, change_mixture)
     state, first_step, counters = _restore_or_init(config, mesh, checkpointer, stream)
     write_config(workdir, to_dict(config))
     reporter = Reporter(config, workdir, first_step, counters)
@@ -136,7 +146,12 @@ def _restore_or_init(
         announce(parameter_overview.get_parameter_overview(state.params, include_stats=False))
         return state, 0, {}
     done, state, position = restored
-    stream.set_state({"position": position["position"], "batch": int(position["batch"])})
+    if checkpointer.mixture_changes:
+        offsets = stream.start_after(position)
+        announce("the mixture changed; draws that each source has had: "
+                 + ", ".join(f"{name} {count:,}" for name, count in offsets.items()))  # fmt: skip
+    else:
+        stream.set_state(position)
     announce(f"going on from the checkpoint of step {done}")
     return state, done, position
 

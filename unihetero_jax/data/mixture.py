@@ -1,8 +1,7 @@
 """The training stream: which record comes when, in which row, read and laid out ahead of need.
 
-The stream is a function of the configuration alone. Draw n of the mixture belongs to a source by a fixed schedule of
-the weights; draw i of a source has epoch `i // n` and stands in a keyed order of blocks and of records within a block.
-`S` virtual shards take windows of draws in turn:
+The stream is a function of the configuration alone: `schedule` says in closed form which draws a window of the mixture
+holds. `S` virtual shards take windows in turn:
 
     draws      0 .. W   W .. 2W   2W .. 3W   3W .. 4W   4W .. 5W      (W = data.window_size, S = 2)
     shard         0        1          0          1          0
@@ -16,30 +15,30 @@ processes; and the position of a run is a pair of integers per shard.
 import collections
 import concurrent.futures
 import dataclasses
-import functools
-import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
-from unihetero_jax.config import Config
+from unihetero_jax.config import Config, visual_loss_of
 from unihetero_jax.data import packing
 from unihetero_jax.data.records import FLAG_TOO_LONG, ImageSpec, RecordError, content_hash, deserialize, index_key
-from unihetero_jax.data.sources import Source, open_source
+from unihetero_jax.data.roles import Role
+from unihetero_jax.data.row_plan import plan_rows
+from unihetero_jax.data.schedule import Member, MixtureSchedule, keyed_order, stable_key
+from unihetero_jax.data.sources import ShardError, Source, open_source
 from unihetero_jax.data.tokenizer import Tokenizer
 
-BLOCK_RECORDS = 1024
-"""Records drawn from one neighbourhood of a file before the next; keeps reads local."""
-CYCLE = 10_000
-"""Draws after which the schedule of sources repeats; weights are kept to 1 / 10,000."""
 FAILED_MIN_SAMPLES = 1000
 """The share of failed samples is judged from this many samples on."""
 MAX_WARNINGS = 1000  # failed samples whose description is kept; all are counted
 VALIDATION_WINDOW = 2048
+COUNTERS = ("samples", "tokens", "text_targets", "visual_targets", "failed", "dropped")
+"""Counters that every batch has for every source."""
 _log = logging.getLogger(__name__)
 
 
@@ -51,79 +50,30 @@ def image_spec(config: Config) -> ImageSpec:
 def open_split(config: Config, tokenizer: Tokenizer, name: str, split: str) -> Source:
     """The `train` or `val` split of a source of the configuration. Raises ValueError if it is not whole."""
     spec = image_spec(config)
-    key = index_key(tokenizer.hash, spec)
-    return open_source(name, config.data.sources[name].path, split, key, config.data.tokenizer, spec)
+    index = index_key(tokenizer.hash, spec)
+    path, verify = config.data.sources[name].path, config.data.verify_digests
+    return open_source(name, path, split, index, config.data.tokenizer, spec, verify)
 
 
-def _key(*parts: Any) -> int:
-    """64-bit key of a purpose, the same on every machine."""
-    text = "|".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+def make_schedule(
+    config: Config, sizes: Mapping[str, int], offsets: Mapping[str, int] = types.MappingProxyType({})
+) -> MixtureSchedule:
+    """The schedule of the configured mixture over sources of so many records each.
 
-
-def _keyed_order(key: int, size: int) -> np.ndarray:
-    """A permutation of `range(size)`: numbers sorted by a keyed 64-bit hash (splitmix64)."""
-    x = (np.arange(size, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0xD6E8FEB86659FD93)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return np.argsort(x ^ (x >> np.uint64(32)), kind="stable")
-
-
-@functools.lru_cache(maxsize=16)
-def _order_of_blocks(key: int, num_blocks: int) -> tuple[np.ndarray, int]:
-    """The order in which an epoch visits blocks, and where in it the last (perhaps short) block stands."""
-    order = _keyed_order(key, num_blocks)
-    return order, int(np.flatnonzero(order == num_blocks - 1)[0])
-
-
-_order_in_block = functools.lru_cache(maxsize=512)(_keyed_order)
-
-
-def epoch_records(seed: int, name: str, size: int, epoch: int, start: int, stop: int) -> np.ndarray:
-    """Record numbers `start .. stop` of an epoch's order over a source of `size` records. Reads only what it returns.
-
-    Every epoch is a permutation: blocks of 1,024 records in a keyed order, records of a block in another.
-    """
-    num_blocks = -(-size // BLOCK_RECORDS)
-    short = size - (num_blocks - 1) * BLOCK_RECORDS
-    order, short_at = _order_of_blocks(_key(seed, name, epoch, "blocks"), num_blocks)
-    missing = BLOCK_RECORDS - short  # blocks after the short one begin this much earlier
-    at = start // BLOCK_RECORDS
-    if at >= short_at and start >= short_at * BLOCK_RECORDS + short:
-        at = (start + missing) // BLOCK_RECORDS
-    parts = []
-    while (first := at * BLOCK_RECORDS - (missing if at > short_at else 0)) < stop:
-        block = int(order[at])
-        length = short if at == short_at else BLOCK_RECORDS
-        within = _order_in_block(_key(seed, name, epoch, "records", block), length)
-        parts.append(block * BLOCK_RECORDS + within[max(start - first, 0) : stop - first])
-        at += 1
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-
-def source_schedule(weights: dict[str, float]) -> np.ndarray:
-    """Which source each of `CYCLE` draws belongs to, as an index into `weights`.
-
-    Weights are rounded to whole draws of the cycle by largest remainder (at least one each), and a source's draws are
-    spread evenly over it. Ties go by name, so the order in which sources are listed changes nothing.
+    Args:
+        config: the experiment.
+        sizes: records of each source.
+        offsets: draws that an earlier mixture of the run has had of each source.
 
     Raises:
-        ValueError: more sources than draws in a cycle.
+        ValueError: see `MixtureSchedule`.
     """
-    if len(weights) > CYCLE:
-        raise ValueError(f"data.sources: {len(weights)} sources, at most {CYCLE}")
-    by_name = sorted(weights)
-    shares = np.asarray([weights[name] for name in by_name], np.float64)
-    exact = shares / shares.sum() * CYCLE
-    counts = np.maximum(np.floor(exact), 1).astype(np.int64)
-    while (difference := CYCLE - int(counts.sum())) != 0:
-        step = 1 if difference > 0 else -1
-        gain = np.where((counts > 1) | (step > 0), (exact - counts) * step, -np.inf)
-        counts[int(np.argmax(gain))] += step
-    places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts])
-    owners = np.repeat(np.arange(len(by_name)), counts)
-    listed = {name: i for i, name in enumerate(weights)}
-    return np.asarray([listed[name] for name in by_name])[owners[np.lexsort((owners, places))]]
+    data = config.data
+    members = {
+        name: Member(sizes[name], source.weight, source.weight_schedule, source.max_epochs, offsets.get(name, 0))
+        for name, source in data.sources.items()
+    }
+    return MixtureSchedule(members, data.seed, data.window_size, data.planned_draws)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,48 +92,21 @@ class WindowPlanner:
 
     def __init__(
         self,
-        indices: dict[str, np.ndarray],
-        weights: dict[str, float],
+        indices: Mapping[str, np.ndarray],
+        schedule: MixtureSchedule,
         seed: int,
         row_tokens: int,
         row_patches: int,
         num_shards: int,
-        window_size: int,
     ):
-        """`indices` holds an array of `records.INDEX_DTYPE` by source; it may be memory-mapped."""
-        self._names, self._indices = list(indices), list(indices.values())
-        self._seed, self._row = seed, (row_tokens, row_patches)
-        self._num_shards, self._window_size = num_shards, window_size
-        self._schedule = source_schedule(weights)
-        one_hot = self._schedule[:, None] == np.arange(len(self._names))
-        self._before = np.concatenate([np.zeros((1, len(self._names)), np.int64), np.cumsum(one_hot, axis=0)])
-
-    def draws(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(source, record, epoch) of draws `start .. stop`; the cost does not depend on `start`."""
-        sources = self._schedule[np.arange(start, stop) % CYCLE]
-        records, epochs = np.zeros(len(sources), np.int64), np.zeros(len(sources), np.int64)
-        first, last = self._drawn(start), self._drawn(stop)
-        for source, name in enumerate(self._names):
-            size, low, high = len(self._indices[source]), int(first[source]), int(last[source])
-            counters = np.arange(low, high)
-            mine = sources == source
-            epochs[mine] = counters // size
-            bounds = [low, *range((low // size + 1) * size, high, size), high] if high > low else []
-            parts = [
-                epoch_records(self._seed, name, size, a // size, a % size, a % size + b - a)
-                for a, b in itertools.pairwise(bounds)
-            ]
-            records[mine] = np.concatenate(parts) if parts else 0
-        return sources, records, epochs
-
-    def _drawn(self, draw: int) -> np.ndarray:
-        """Draws of each source before a draw of the mixture: a closed form, so any position is as near as the first."""
-        return (draw // CYCLE) * self._before[-1] + self._before[draw % CYCLE]
+        """`indices` holds an array of `records.INDEX_DTYPE` by source of the schedule; it may be memory-mapped."""
+        self._names, self._indices = schedule.names, [indices[name] for name in schedule.names]
+        self._schedule, self._seed, self._num_shards = schedule, seed, num_shards
+        self._row = (row_tokens, row_patches)
 
     def plan(self, shard: int, window: int) -> WindowPlan:
         """The rows of a window, in an order that does not tell their lengths."""
-        start = (window * self._num_shards + shard) * self._window_size
-        sources, records, epochs = self.draws(start, start + self._window_size)
+        sources, records, epochs = self._schedule.window(window * self._num_shards + shard)
         costs, too_long = np.zeros((len(sources), 2), np.int64), np.zeros(len(sources), bool)
         for source, index in enumerate(self._indices):
             mine = np.flatnonzero(sources == source)
@@ -192,13 +115,20 @@ class WindowPlanner:
             too_long[mine] = (entries["flags"] & FLAG_TOO_LONG) > 0
         too_long |= (costs > self._row).any(axis=1)
         kept = np.flatnonzero(~too_long)
-        rows = [kept[members].tolist() for members in packing.plan_rows(costs[kept], *self._row)]
-        order = _keyed_order(_key(self._seed, "rows", shard, window), len(rows))
+        rows = [kept[members].tolist() for members in plan_rows(costs[kept], *self._row)]
+        order = keyed_order(stable_key(self._seed, "rows", shard, window), len(rows))
         dropped = np.bincount(sources[too_long], minlength=len(self._names))
         return WindowPlan(sources, records, epochs, [rows[i] for i in order], dropped)
 
-    def require_fitting(self) -> None:
-        """Raises ValueError if no record of any source fits a row: the stream would have no next row."""
+    def require_more(self, shard: int, window: int) -> None:
+        """Called at a window without rows: raises ValueError if none can come after it.
+
+        Either every source has reached its `max_epochs`, or no record of any source fits a row.
+        """
+        if self._schedule.is_exhausted(window * self._num_shards + shard):
+            raise ValueError(
+                f"data.sources: {', '.join(self._names)} have reached their max_epochs; raise one, or train fewer steps"
+            )
         if not any(_any_fits(index, *self._row) for index in self._indices):
             raise ValueError(
                 f"data.sources: no record of {', '.join(self._names)} fits a row of data.row_tokens "
@@ -226,6 +156,13 @@ def batch_shards(batch: int, batch_rows: int, num_shards: int) -> np.ndarray:
     return (batch * batch_rows + rows) % num_shards
 
 
+def _num_begun(position: np.ndarray) -> int:
+    """Windows of the mixture up to the furthest one of which a shard has handed out a row."""
+    shards = np.arange(len(position))
+    windows = position[:, 0] - (position[:, 1] == 0)  # the last one begun; -1: none
+    return int(np.max(np.where(windows >= 0, windows * len(position) + shards + 1, 0)))
+
+
 def merge_positions(positions: Sequence[np.ndarray]) -> np.ndarray:
     """Joins the positions of several processes that started from the same state.
 
@@ -242,8 +179,9 @@ class HostBatch:
 
     Attributes:
         arrays: the fields of `arrays.Batch`.
-        counters: `samples/SOURCE`, `tokens/SOURCE`, `failed/SOURCE`, `dropped/SOURCE` (records that no row can hold),
-            `pad_tokens`, `pad_patches`, and where they occur `failed_reason/REASON`, `augment_left_out/PART`.
+        counters: `samples/SOURCE`, `tokens/SOURCE`, `text_targets/SOURCE`, `visual_targets/SOURCE` (supervised text
+            and visual tokens), `failed/SOURCE`, `dropped/SOURCE` (records that no row can hold), `pad_tokens`,
+            `pad_patches`, and where they occur `failed_reason/REASON`, `left_out/PART`.
         sample_ids: `SOURCE/RECORD` of every sample, row by row.
         failures: file, record number and reason of each sample that became padding.
     """
@@ -294,12 +232,14 @@ class RowReader:
                 sample = packing.Hole(*(int(entry[field]) for field in ("num_tokens", "num_patches", "num_images")))
                 counters.update({f"failed/{name}": 1, f"failed_reason/{error.reason}": 1})
                 failures.append(f"{source.locate(draw.record)}: {error}")
+            except ShardError:
+                raise
             except Exception as error:
                 raise RuntimeError(f"{source.locate(draw.record)}: {type(error).__name__}: {error}") from error
             else:
                 counters[f"samples/{name}"] += 1
                 counters[f"tokens/{name}"] += int(source.index[draw.record]["num_tokens"])
-                counters.update(f"augment_left_out/{part}" for part in sample.left_out)
+                counters.update(f"left_out/{part}" for part in sample.left_out)
             samples.append(sample)
         data = self._config.data
         arrays = packing.assemble_row(
@@ -308,11 +248,29 @@ class RowReader:
             data.row_patches,
             self._spec.patch_size,
             self._tokenizer.pad_id,
-            self._config.loss.visual_loss_on,
         )
+        counters.update(self._targets(arrays))
         counters["pad_tokens"] += int((arrays["segment_ids"] == 0).sum())
         counters["pad_patches"] += int((arrays["patch_segment_ids"] == 0).sum())
         return _Row(arrays, counters, sample_ids, failures)
+
+    def _targets(self, arrays: dict[str, np.ndarray]) -> dict[str, int]:
+        """Supervised text tokens and visual tokens of a row, by source."""
+        counts = {}
+        for kind in ("text", "visual"):
+            sources = arrays["source_ids"][arrays[f"{kind}_loss_mask"]]
+            for name, source_id in zip(self._names, self._source_ids, strict=True):
+                counts[f"{kind}_targets/{name}"] = int((sources == source_id).sum())
+        return counts
+
+    def _role(self, name: str, draw: _Draw) -> Role:
+        """How a draw is used; where a coin decides, it is thrown anew in every epoch."""
+        source = self._config.data.sources[name]
+        order = source.order
+        if order == "coin":
+            coin = stable_key(self._config.data.seed, name, draw.epoch, draw.record, "order") / 2**64
+            order = "text_first" if coin < source.text_first_share else "image_first"
+        return Role(order, source.text_loss, visual_loss_of(self._config, name))
 
     def _sample(self, draw: _Draw) -> packing.PackedSample:
         name, source = self._names[draw.source_id], self._sources[draw.source_id]
@@ -320,7 +278,7 @@ class RowReader:
         augment, rng = "none", None
         if self._augment:
             augment = self._config.data.sources[name].augment
-            rng = np.random.default_rng(_key(self._config.data.seed, name, draw.epoch, draw.record, "augment"))
+            rng = np.random.default_rng(stable_key(self._config.data.seed, name, draw.epoch, draw.record, "augment"))
         sample = packing.sample_from_record(
             deserialize(stored),
             self._tokenizer,
@@ -329,6 +287,7 @@ class RowReader:
             rng,
             augment,
             content_hash(stored),
+            self._role(name, draw),
         )
         cost, entry = packing.sample_cost(sample, self._spec.patch_size), source.index[draw.record]
         planned = (int(entry["num_tokens"]), int(entry["num_patches"]))
@@ -377,36 +336,40 @@ class TrainIterator(grain.DatasetIterator):
         self._num_shards = data.num_data_shards
         self._sources = dataset.sources
         self._reader = RowReader(config, dataset.tokenizer, dataset.sources, augment=True)
-        self._planner = WindowPlanner(
-            {name: source.index for name, source in dataset.sources.items()},
-            {name: source.weight for name, source in data.sources.items()},
-            data.seed,
-            data.row_tokens,
-            data.row_patches,
-            data.num_data_shards,
-            data.window_size,
-        )
         self._planning = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="plan")
         self._reading = concurrent.futures.ThreadPoolExecutor(data.num_threads, thread_name_prefix="read")
-        self._num_samples = self._num_failed = 0
+        self._seen: collections.Counter = collections.Counter()
         self.warnings: list[str] = []
-        self._restart(np.zeros((data.num_data_shards, 2), np.int64), 0)
+        self._restart(np.zeros((data.num_data_shards, 2), np.int64), 0, {})
 
-    def _restart(self, position: np.ndarray, batch: int) -> None:
+    def _restart(self, position: np.ndarray, batch: int, offsets: Mapping[str, int]) -> None:
+        data = self._config.data
+        self._offsets = {name: int(offsets.get(name, 0)) for name in self._sources}
+        sizes = {name: len(source) for name, source in self._sources.items()}
+        self._schedule = make_schedule(self._config, sizes, self._offsets)
+        indices = {name: source.index for name, source in self._sources.items()}
+        self._planner = WindowPlanner(
+            indices, self._schedule, data.seed, data.row_tokens, data.row_patches, data.num_data_shards
+        )
         self._consumed, self._batch = position.copy(), batch
         self._ahead, self._ahead_batch = position.copy(), batch
         self._pending: collections.deque = collections.deque()
+        self._end: ValueError | None = None
         self._plans: dict[tuple[int, int], concurrent.futures.Future[WindowPlan]] = {}
 
     def __next__(self) -> HostBatch:
         """The next batch.
 
         Raises:
-            ValueError: more than `data.max_failed_share` of the samples could not be read; or the iterator is closed.
+            ValueError: more than `data.max_failed_share` of a source's samples could not be read; a shard's content is
+                not the one that was prepared; every source has reached its
+                `max_epochs`, or no record fits a row; or the iterator is closed.
             RuntimeError: reading a record failed in a way that is no fault of the record; names file and number.
         """
         self._assert_not_closed()
         self._fill()
+        if self._end is not None and not self._pending:
+            raise self._end
         future, _, position = self._pending[0]
         batch = future.result()
         self._pending.popleft()
@@ -416,13 +379,39 @@ class TrainIterator(grain.DatasetIterator):
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """`position`: int64[S, 2], (window, row) of each shard's next row; `batch`: batches handed out since draw 0.
+        """What was *consumed*, not what was read ahead.
 
-        With several processes, `merge_positions` joins theirs. Position and batch are those of what was *consumed*.
+        Returns:
+            `position`: int64[S, 2], (window, row) of each shard's next row; with several processes, `merge_positions`
+            joins theirs. `batch`: batches handed out since the mixture began. `offset:SOURCE`: draws that the source
+            had had when this mixture began. `drawn:SOURCE`: draws up to the end of the furthest window begun, where
+            another mixture may go on (`start_after`).
         """
-        return {"position": self._consumed.copy(), "batch": self._batch}
+        drawn = self._schedule.counts(_num_begun(self._consumed) * self._config.data.window_size)
+        return {
+            "position": self._consumed.copy(),
+            "batch": self._batch,
+            **{f"offset:{name}": offset for name, offset in self._offsets.items()},
+            **{f"drawn:{name}": int(count) for name, count in zip(self._schedule.names, drawn, strict=True)},
+        }
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def start_after(self, state: Mapping[str, Any]) -> dict[str, int]:
+        """Begins this mixture where another one of the same run was left: no source repeats a sample of its epoch.
+
+        What is left of the windows that were begun is not drawn in this epoch.
+
+        Args:
+            state: of the other mixture; its sources may be others, a source that is new here starts at its beginning.
+
+        Returns:
+            The draws that each source here has had.
+        """
+        self._cancel_pending()
+        offsets = {name: int(state.get(f"drawn:{name}", 0)) for name in self._sources}
+        self._restart(np.zeros((self._num_shards, 2), np.int64), 0, offsets)
+        return offsets
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Continues from a state, whatever was handed out before; the cost does not depend on how far it is.
 
         Raises:
@@ -440,10 +429,14 @@ class TrainIterator(grain.DatasetIterator):
                 "data position lacks 'batch', which tells whose turn it is when data.num_data_shards "
                 "exceeds train.global_batch_rows"
             )
+        self._cancel_pending()
+        offsets = {name: int(state.get(f"offset:{name}", 0)) for name in self._sources}
+        self._restart(position, int(state.get("batch", 0)), offsets)
+
+    def _cancel_pending(self) -> None:
         for batch, rows, _ in self._pending:
             for future in (*rows, batch):
                 future.cancel()
-        self._restart(position, int(state.get("batch", 0)))
 
     @property
     def digests(self) -> dict[str, str]:
@@ -461,9 +454,13 @@ class TrainIterator(grain.DatasetIterator):
             source.close()
 
     def _fill(self) -> None:
-        """Queues batches until the configured number is under way."""
-        while len(self._pending) < self._config.data.prefetch_batches:
-            work = self._next_rows()
+        """Queues batches until the configured number is under way, or the data ends: what was drawn comes first."""
+        while len(self._pending) < self._config.data.prefetch_batches and self._end is None:
+            try:
+                work = self._next_rows()
+            except ValueError as error:
+                self._end = error
+                return
             futures = [self._reading.submit(self._reader.read, draws) for draws, _ in work]
             dropped = sum((counters for _, counters in work), collections.Counter())
             # Queued behind its rows in the same pool, so the rows it waits for have always begun.
@@ -489,7 +486,7 @@ class TrainIterator(grain.DatasetIterator):
         dropped: collections.Counter = collections.Counter()
         while row >= len((plan := self._plan(shard, window).result()).rows):
             if not plan.rows:
-                self._planner.require_fitting()
+                self._planner.require_more(shard, window)
                 self._count_dropped(dropped, plan)
             self._plans.pop((shard, window))
             window, row = window + 1, 0
@@ -515,25 +512,27 @@ class TrainIterator(grain.DatasetIterator):
             dropped[f"dropped/{name}"] += count
 
     def _count_failures(self, batch: HostBatch) -> None:
-        failed = len(batch.failures)
-        self._num_failed += failed
-        self._num_samples += len(batch.sample_ids)
+        self._seen.update(batch.counters)
         room = MAX_WARNINGS - len(self.warnings)
         self.warnings += batch.failures[: max(room, 0)]
         limit = self._config.data.max_failed_share
-        if self._num_samples >= FAILED_MIN_SAMPLES and self._num_failed > limit * self._num_samples:
-            raise ValueError(
-                f"{self._num_failed} of {self._num_samples} samples could not be read, more than "
-                f"data.max_failed_share {limit}; the first: {'; '.join(self.warnings[:3])}. Prepare the data again, or "
-                "raise data.max_failed_share"
-            )
+        for name, source in self._sources.items():
+            failed = self._seen[f"failed/{name}"]
+            drawn = self._seen[f"samples/{name}"] + failed
+            if drawn >= FAILED_MIN_SAMPLES and failed > limit * drawn:
+                of_source = [text for text in self.warnings if text.startswith(source.paths)]
+                raise ValueError(
+                    f"{failed} of {drawn} samples of source {name!r} could not be read, more than "
+                    f"data.max_failed_share {limit}; the first: {'; '.join(of_source[:3])}. Prepare it again, or raise "
+                    "data.max_failed_share"
+                )
 
 
 def _join_rows(
     futures: Sequence["concurrent.futures.Future[_Row]"], names: Sequence[str], dropped: collections.Counter
 ) -> HostBatch:
     rows = [future.result() for future in futures]
-    counters = {f"{kind}/{name}": 0 for kind in ("samples", "tokens", "failed", "dropped") for name in names}
+    counters = {f"{kind}/{name}": 0 for kind in COUNTERS for name in names}
     for part in (*(row.counters for row in rows), dropped):
         for key, count in part.items():
             counters[key] = counters.get(key, 0) + count
@@ -599,6 +598,6 @@ def _validation_rows(config: Config, source: Source) -> Iterator[list[_Draw]]:
         if not fits.all():
             _log.warning("%s: %d validation items do not fit a row and are left out", source.name, int((~fits).sum()))
         kept = np.flatnonzero(fits)
-        rows = packing.plan_rows(costs[kept], data.row_tokens, data.row_patches)
-        for row in _keyed_order(_key("validation", start), len(rows)):
+        rows = plan_rows(costs[kept], data.row_tokens, data.row_patches)
+        for row in keyed_order(stable_key("validation", start), len(rows)):
             yield [_Draw(0, start + int(kept[i]), 0) for i in rows[row]]

@@ -1,15 +1,12 @@
-"""Packing: which samples share a row (from lengths alone), and how a row of arrays is laid out.
+"""How samples become a row of arrays, in the layout drawn in `arrays.Batch`.
 
-The plan is made by vector best fit over (tokens, patches). The layout is the one drawn in `arrays.Batch`; nothing here
-reads files, and a row is a pure function of its samples.
+Nothing here reads files, and a row is a pure function of its samples. Which samples share a row says `row_plan`.
 """
 
-import bisect
 import dataclasses
 import hashlib
-import heapq
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -25,104 +22,11 @@ from unihetero_jax.data.records import (
     decode_image,
     serialize,
 )
+from unihetero_jax.data.roles import Role, in_order, is_pair
 from unihetero_jax.data.tokenizer import Tokenizer
 
 BLOCK = MERGE_SIZE**2
 """Patches per visual token."""
-
-
-def plan_rows(costs: np.ndarray, row_tokens: int, row_patches: int, spread_images: bool = True) -> list[list[int]]:
-    """Assigns items to rows so that few rows are needed. Every item comes out exactly once.
-
-    Three ways are tried and the one that needs fewest rows is taken. *Best fit*: largest item first, into the row whose
-    free tokens it leaves smallest. *Images first*: the same, items with images before text, so that text fills what the
-    patch budget leaves of a row. *Spread* (with `spread_images`; preferred on a tie): each item with images into the
-    row with most free patches, of as many rows as are needed at least, then text by best fit.
-
-    Args:
-        costs: `int[n, 2]`, (token positions, image patches) of each item.
-        row_tokens, row_patches: capacity of a row.
-        spread_images: try to spread images over the rows.
-
-    Returns:
-        Rows as ascending lists of item numbers.
-
-    Raises:
-        ValueError: an item does not fit an empty row.
-    """
-    costs = np.asarray(costs, np.int64).reshape(-1, 2)
-    too_long = np.flatnonzero((costs[:, 0] > row_tokens) | (costs[:, 1] > row_patches))
-    if too_long.size:
-        worst = too_long[0]
-        raise ValueError(
-            f"{too_long.size} items do not fit a row of {row_tokens} tokens and {row_patches} patches; "
-            f"item {worst} takes {costs[worst, 0]} tokens and {costs[worst, 1]} patches"
-        )
-    size = np.maximum(costs[:, 0] / row_tokens, costs[:, 1] / row_patches)
-    order = np.lexsort((np.arange(len(costs)), -costs[:, 0], -size))
-    with_image, text_only = order[costs[order, 1] > 0], order[costs[order, 1] == 0]
-    least = max(
-        -(-int(costs[:, 0].sum()) // row_tokens), -(-int(costs[:, 1].sum()) // row_patches) if row_patches else 0
-    )
-    best_fit, images_first = (_Rows(row_tokens, row_patches, 0) for _ in range(2))
-    best_fit.place_all(order, costs)
-    images_first.place_all(with_image, costs)
-    images_first.place_all(text_only, costs)
-    candidates = [images_first.members, best_fit.members]
-    if spread_images and with_image.size:
-        spread = _Rows(row_tokens, row_patches, least)
-        spread.spread(with_image, costs)
-        spread.place_all(text_only, costs)
-        candidates.insert(0, [members for members in spread.members if members])
-    rows = min(candidates, key=len)  # the first of equals
-    return [sorted(members) for members in rows]
-
-
-class _Rows:
-    """Rows being filled: members, free room, and the open rows sorted by free tokens."""
-
-    def __init__(self, row_tokens: int, row_patches: int, num_rows: int):
-        self.capacity = (row_tokens, row_patches)
-        self.members: list[list[int]] = [[] for _ in range(num_rows)]
-        self.patches = [row_patches] * num_rows
-        self.free: list[tuple[int, int]] = [(row_tokens, row) for row in range(num_rows)]
-
-    def place_all(self, items: np.ndarray, costs: np.ndarray) -> None:
-        """Best fit: into the row that keeps the fewest free tokens; a new row where none has room."""
-        for item, (tokens, patches) in zip(items.tolist(), costs[items].tolist(), strict=True):
-            self._place(item, tokens, patches)
-
-    def _place(self, item: int, tokens: int, patches: int) -> None:
-        start = bisect.bisect_left(self.free, (tokens, -1))
-        for at in range(start, len(self.free)):
-            room, row = self.free[at]
-            if self.patches[row] >= patches:
-                del self.free[at]
-                break
-        else:
-            row, room = len(self.members), self.capacity[0]
-            self.members.append([])
-            self.patches.append(self.capacity[1])
-        self.members[row].append(item)
-        self.patches[row] -= patches
-        bisect.insort(self.free, (room - tokens, row))
-
-    def spread(self, items: np.ndarray, costs: np.ndarray) -> None:
-        """Each item into the row with most free patches (then tokens); by best fit where it has no room there."""
-        heap = [(-self.capacity[1], -self.capacity[0], row) for row in range(len(self.members))]
-        tokens_free = [self.capacity[0]] * len(self.members)
-        rest = []
-        for item, (tokens, patches) in zip(items.tolist(), costs[items].tolist(), strict=True):
-            _, _, row = heap[0]
-            if self.patches[row] < patches or tokens_free[row] < tokens:
-                rest.append(item)
-                continue
-            self.members[row].append(item)
-            self.patches[row] -= patches
-            tokens_free[row] -= tokens
-            heapq.heapreplace(heap, (-self.patches[row], -tokens_free[row], row))
-        self.free = sorted((room, row) for row, room in enumerate(tokens_free))
-        self.place_all(np.asarray(rest, np.int64), costs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,11 +42,11 @@ class TokenPiece:
 class ImagePiece:
     """An image of whole blocks, `uint8[h, w, 3]`; stands in branch 0 right after its `<boi>`.
 
-    `generated`: text comes before it, so drawing it is a task.
+    `loss`: its tokens may carry the visual loss.
     """
 
     pixels: np.ndarray
-    generated: bool = False
+    loss: bool = False
 
 
 Piece = TokenPiece | ImagePiece
@@ -156,7 +60,8 @@ class PackedSample:
         pieces: in order; branch 0 first, then each further branch contiguously.
         source_id: index of its source.
         identity: 64-bit content hash of the stored record.
-        left_out: parts of the augmentation that were not applied, by name.
+        left_out: parts of the augmentation that were not applied, by name; `order` where an order was asked of a record
+            that is no pair.
     """
 
     pieces: Sequence[Piece]
@@ -174,12 +79,14 @@ class Hole:
     num_images: int
 
 
-def image_pieces(pixels: np.ndarray, generated: bool, tokenizer: Tokenizer) -> list[Piece]:
-    """An image between its markers. `<boi>` and `<eoi>` are targets only of an image that is generated."""
+def image_pieces(
+    pixels: np.ndarray, tokenizer: Tokenizer, text_loss: bool = False, visual_loss: bool = False
+) -> list[Piece]:
+    """An image between its markers `<boi>` and `<eoi>`, which are targets with `text_loss`."""
     return [
-        TokenPiece([tokenizer.boi_id], generated),
-        ImagePiece(pixels, generated),
-        TokenPiece([tokenizer.eoi_id], generated),
+        TokenPiece([tokenizer.boi_id], text_loss),
+        ImagePiece(pixels, visual_loss),
+        TokenPiece([tokenizer.eoi_id], text_loss),
     ]
 
 
@@ -191,11 +98,13 @@ def sample_from_record(
     augment_rng: np.random.Generator | None = None,
     augment: str = "none",
     identity: int | None = None,
+    role: Role = Role(),  # noqa: B008 - frozen
 ) -> PackedSample:
     """Decodes, augments and tokenizes a record.
 
-    A sample ends with `<eos>`, or each of its branches does. That token is a target if what stands before it is: a
-    supervised text, or an image that was generated.
+    `<boi>` and `<eoi>` are targets of an image that comes after text: it is drawn, and these say where. A sample ends
+    with `<eos>`, or each of its branches does. That token is a target if what stands before it is: a supervised text,
+    or an image that comes after text.
 
     Args:
         record: the stored sample.
@@ -204,31 +113,36 @@ def sample_from_record(
         source_id: index of the source, kept for every position.
         augment_rng, augment: the augmentation of the source and its randomness.
         identity: content hash of the stored bytes, computed when not given.
+        role: order of a pair, and which segments carry a loss.
 
     Raises:
         RecordError: an image does not decode or has another size than recorded, or a text is too long.
     """
     identity = content_hash(serialize(record)) if identity is None else identity
     images = [_decoded(segment) for segment in record.segments if isinstance(segment, ImageSegment)]
-    left_out: Sequence[str] = ()
+    left_out: list[str] = []
     if augment_rng is not None:
         record, images, left_out = transforms.augment_sample(augment, record, images, augment_rng, tokenizer.encode)
-    next_image = iter(images)
+    if role.order != "stored" and not is_pair(record):
+        left_out.append("order")
+    record, next_image, text_loss = in_order(record, role.order), iter(images), role.text_loss == "stored"
     pieces: list[Piece] = []
     branch, closes_with_loss, any_text = 0, False, False
     for segment in record.segments:
         if isinstance(segment, ImageSegment):
-            pieces += image_pieces(transforms.resize_to_grid(next(next_image), spec), any_text, tokenizer)
-            closes_with_loss = any_text
+            visual_loss = role.visual_loss == "all" or (role.visual_loss == "generated" and any_text)
+            closes_with_loss = any_text and text_loss
+            pixels = transforms.resize_to_grid(next(next_image), spec)
+            pieces += image_pieces(pixels, tokenizer, closes_with_loss, visual_loss)
             continue
         if segment.branch != branch and branch:
             pieces.append(TokenPiece([tokenizer.eos_id], closes_with_loss, branch))
         if len(segment.text) > MAX_TEXT_CHARS:
             raise RecordError("text_too_long", f"{len(segment.text)} characters, limit {MAX_TEXT_CHARS}")
-        branch, closes_with_loss = segment.branch, segment.loss
+        branch, closes_with_loss = segment.branch, segment.loss and text_loss
         ids = tokenizer.encode(segment.text)
         any_text = any_text or bool(ids)
-        pieces.append(TokenPiece(ids, segment.loss, branch))
+        pieces.append(TokenPiece(ids, closes_with_loss, branch))
     pieces.append(TokenPiece([tokenizer.eos_id], closes_with_loss, branch))
     return PackedSample(pieces, source_id, identity, tuple(left_out))
 
@@ -262,7 +176,6 @@ def assemble_row(
     row_patches: int,
     patch_size: int,
     pad_id: int,
-    visual_loss_on: Literal["generated", "all"] = "generated",
 ) -> dict[str, np.ndarray]:
     """Lays samples out in a row, in the order given: the fields of `arrays.Batch` without the leading axis.
 
@@ -289,7 +202,7 @@ def assemble_row(
         end = token + needed[0]
         row["segment_ids"][token:end] = number
         row["source_ids"][token:end] = sample.source_id
-        patch, image = _place_pieces(row, sample.pieces, token, patch, image, patch_size, visual_loss_on == "all")
+        patch, image = _place_pieces(row, sample.pieces, token, patch, image, patch_size)
         identities.append(sample.identity)
         token = end
     row["row_hash"] = _row_hash(identities, row)
@@ -303,7 +216,6 @@ def _place_pieces(
     patch: int,
     image: int,
     patch_size: int,
-    loss_on_all_images: bool,
 ) -> tuple[int, int]:
     token, branch, prefix, position = start, 0, 0, 0
     for piece in pieces:
@@ -321,7 +233,7 @@ def _place_pieces(
             row["patch_segment_ids"][patch : patch + count] = image
             row["visual_mask"][token : token + merged] = True
             row["visual_index"][token : token + merged] = np.arange(patch // BLOCK, patch // BLOCK + merged)
-            row["visual_loss_mask"][token : token + merged] = piece.generated or loss_on_all_images
+            row["visual_loss_mask"][token : token + merged] = piece.loss
             patch, length = patch + count, merged
         else:
             length = len(piece.ids)

@@ -71,7 +71,7 @@ class Record:
 
     Attributes:
         source: name of the set it came from.
-        kind: caption, image (text to image), vqa, text or interleaved; for counting, not for behaviour.
+        kind: caption, image (text to image), image_only, vqa, text or interleaved; for counting, not for behaviour.
         segments: in reading order; branch 0 first, then branches 1, 2, ... contiguously.
         meta: small strings and numbers worth keeping (id, path, licence).
         where: raw file and place in it, for the message of a preparation that must drop the record. Not stored, so it

@@ -7,6 +7,8 @@ import itertools
 import json
 import os
 import shlex
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,35 @@ import grain
 import numpy as np
 
 from unihetero_jax.data.records import INDEX_DTYPE, RECORD_VERSION, ImageSpec, RecordError
+
+
+class ShardError(ValueError):
+    """A whole shard file is not what its manifest says: no fault of a record, so the run must not go on."""
+
+
+class ShardCheck:
+    """Compares every shard file with its digest when the first record of it is read. Safe to share between threads."""
+
+    def __init__(self, field: str, digests: Mapping[str, str]):
+        """`digests` by path; `field` is how the user named the source."""
+        self._field, self._digests = field, dict(digests)
+        self._locks = {path: threading.Lock() for path in digests}
+        self._passed: set[str] = set()
+
+    def require(self, path: str) -> None:
+        """Raises ShardError if the file's content is not the one that was prepared."""
+        if path in self._passed:
+            return
+        with self._locks[path]:
+            if path not in self._passed:
+                with open(path, "rb") as file:
+                    found = hashlib.file_digest(file, "blake2b").hexdigest()
+                if found != self._digests[path]:
+                    raise ShardError(
+                        f"{self._field}: the content of {path} is not the one that manifest.json describes (digest "
+                        f"{found[:16]}..., expected {self._digests[path][:16]}...); copy or prepare it again"
+                    )
+                self._passed.add(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +58,7 @@ class Source:
         readers: one reader per file; safe to share between threads.
         ends: number of records up to and including each file.
         digest: of the content of all record files of the folder, as its manifest states it.
+        check: of the content of each file at its first touch; None: their sizes alone were checked.
     """
 
     name: str
@@ -35,6 +67,7 @@ class Source:
     readers: tuple[Any, ...]
     ends: tuple[int, ...]
     digest: str
+    check: ShardCheck | None = None
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
@@ -44,8 +77,11 @@ class Source:
 
         Raises:
             RecordError: `unreadable_record` if its block of the file is damaged.
+            ShardError: its file as a whole is not the one that was prepared.
         """
         file, within = self._place(record)
+        if self.check is not None:
+            self.check.require(self.paths[file])
         try:
             return self.readers[file][within]
         except (RuntimeError, OSError, ValueError, IndexError) as error:  # what the reader raises for damaged blocks
@@ -66,7 +102,9 @@ class Source:
         return file, record - (self.ends[file - 1] if file else 0)
 
 
-def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: str, spec: ImageSpec) -> Source:
+def open_source(
+    name: str, path: str, split: str, key: str, tokenizer_folder: str, spec: ImageSpec, verify_digests: bool = False
+) -> Source:
     """Opens a split ("train" or "val") of a prepared folder, after checking that it is whole.
 
     Args:
@@ -75,6 +113,7 @@ def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: st
         split: `train` or `val`.
         key: `records.index_key` of the tokenizer and image spec in use.
         tokenizer_folder, spec: that tokenizer's folder and that image spec, for the message that names the remedy.
+        verify_digests: also compare every file's content with its digest, when it is read first.
 
     Raises:
         ValueError: the folder, its manifest, a shard file or the index is missing or does not fit; or the split is
@@ -90,6 +129,7 @@ def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: st
         )
     for file, size in sizes.items():
         _check_size(field, folder / file, size)
+    digests = {os.fspath(folder / file): manifest["files"][file]["digest"] for file in sizes}
     paths = tuple(os.fspath(folder / file) for file in sizes)
     readers = tuple(_open_reader(field, file) for file in paths)
     ends = tuple(itertools.accumulate(len(reader) for reader in readers))
@@ -100,7 +140,8 @@ def open_source(name: str, path: str, split: str, key: str, tokenizer_folder: st
         )
     remedy = _index_command(folder, tokenizer_folder, spec)
     index = _read_index(field, folder, split, key, count, remedy)
-    return Source(name, index, paths, readers, ends, _digest(manifest))
+    check = ShardCheck(field, digests) if verify_digests else None
+    return Source(name, index, paths, readers, ends, _digest(manifest), check)
 
 
 def _read_manifest(field: str, folder: Path) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from unihetero_jax.data.packing import (
     assemble_row,
     empty_row,
     image_pieces,
-    plan_rows,
     stack_rows,
 )
 from unihetero_jax.data.records import (
@@ -40,6 +39,7 @@ from unihetero_jax.data.records import (
     image_tokens,
     probe_image,
 )
+from unihetero_jax.data.row_plan import plan_rows
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
 from unihetero_jax.evaluation.benchmarks import Item
@@ -210,7 +210,7 @@ def _picture(prompt: _Prompt, tokenizer: Tokenizer, spec: ImageSpec) -> list[Pie
         raise RecordError(
             "size_mismatch", f"the header promises {prompt.num_visual} visual tokens, there are {num_visual}"
         )
-    return image_pieces(pixels, False, tokenizer)
+    return image_pieces(pixels, tokenizer)
 
 
 def _checked(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -15,13 +15,10 @@ from typing import Any
 import numpy as np
 
 from unihetero_jax.config import Config
+from unihetero_jax.data.question_files import OPTION_LETTERS
 from unihetero_jax.data.records import PROMPT_TEMPLATE
 from unihetero_jax.data.tokenizer import Tokenizer
-from unihetero_jax.evaluation.benchmarks import (
-    OPTION_LETTERS,
-    Benchmark,
-    read_benchmark,
-)
+from unihetero_jax.evaluation.benchmarks import Benchmark, read_benchmark
 from unihetero_jax.evaluation.multiple_choice import score_items
 from unihetero_jax.evaluation.scoring import (
     OptionScores,

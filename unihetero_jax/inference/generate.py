@@ -58,7 +58,7 @@ def prompt_sample(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> Packe
     pieces = []
     if prompt.image is not None:
         pixels = resize_to_grid(decode_image(prompt.image), image_spec(config))
-        pieces += image_pieces(pixels, False, tokenizer)
+        pieces += image_pieces(pixels, tokenizer)
     ids = tokenizer.encode(format_prompt(prompt.text))
     return PackedSample([*pieces, TokenPiece(ids)] if ids else pieces)
 

@@ -1,0 +1,119 @@
+"""Runs a preparation on Apache Beam: DirectRunner on this machine, or a cluster by the runner's own flags.
+
+    read files -> check -> keep one of each content -> group by shard -> write each shard -> index and manifest
+
+No worker holds more than one shard, so `--num-shards` bounds memory. The folder must be one that all workers and this
+process reach. A worker that is tried again writes the same bytes under the same name, and the folder gets its own name
+only when everything is there.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.entries import MAX_EXAMPLES, Dropped, Drops, Entry, best_of
+from data_pipelines.preparation import Preparation, Unit
+from data_pipelines.writer import Shard, finish, new_folder, require_absent, shard_of, write_shard
+
+SHARD_RESULTS = "shard-results"
+"""Folder, removed at the end, in which workers leave what they wrote and dropped."""
+
+
+def run_on_beam(job: Preparation, output: Path, runner: str, runner_flags: Sequence[str] = ()) -> dict[str, Any]:
+    """Prepares on a Beam runner; returns the manifest. Same files as `preparation.run_locally`.
+
+    Raises:
+        ValueError: Apache Beam is not installed, bad input, no record left, or the folder exists.
+    """
+    try:
+        import apache_beam as beam  # an extra: it needs older versions of other packages
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise ValueError(f"--runner={runner} needs Apache Beam ({error}): pip install -e '.[beam]'") from error
+    require_absent(output)
+    with new_folder(output) as folder:
+        results = folder / SHARD_RESULTS
+        results.mkdir()
+        options = PipelineOptions([f"--runner={runner}", *runner_flags])
+        with beam.Pipeline(options=options) as pipeline:
+            found = (
+                pipeline
+                | "files" >> beam.Create(list(enumerate(job.units())))
+                | "spread" >> beam.Reshuffle()
+                | "read and check" >> beam.FlatMap(_read, job)
+            )
+            dropped, entries = found | "dropped or kept" >> beam.Partition(_kind, 2)
+            if not job.keep_duplicates:
+                grouped = (
+                    entries
+                    | "by content" >> beam.Map(lambda entry: (entry.content, entry))
+                    | "same content" >> beam.GroupByKey()
+                    | "keep one" >> beam.FlatMap(_keep_one)
+                )
+                copies, entries = grouped | "copies or kept" >> beam.Partition(_kind, 2)
+                dropped = (dropped, copies) | beam.Flatten()
+            _ = (
+                entries
+                | "by shard" >> beam.Map(lambda entry: ((entry.split, shard_of(entry, job.num_shards)), entry))
+                | "same shard" >> beam.GroupByKey()
+                | "write" >> beam.Map(_write, str(folder), job.num_shards)
+            )
+            _ = (
+                dropped
+                | "by reason" >> beam.Map(lambda item: (item.reason, item.where))
+                | "same reason" >> beam.GroupByKey()
+                | "count" >> beam.Map(_count, str(folder))
+            )
+        manifest = finish(folder, _shards(results), _drops(results), job.about)
+        for path in results.iterdir():
+            path.unlink()
+        results.rmdir()
+        return manifest
+
+
+def _read(numbered: tuple[int, Unit], job: Preparation) -> Iterator[Entry | Dropped]:
+    yield from job.read(numbered[1])
+
+
+def _kind(item: Entry | Dropped, num_partitions: int) -> int:
+    del num_partitions
+    return int(isinstance(item, Entry))
+
+
+def _keep_one(group: tuple[bytes, Iterable[Entry]]) -> Iterator[Entry | Dropped]:
+    kept, copies = best_of(group[1])
+    yield kept
+    yield from copies
+
+
+def _write(group: tuple[tuple[str, int], Iterable[Entry]], folder: str, num_shards: int) -> None:
+    (split, number), entries = group
+    shard = write_shard(Path(folder), split, number, num_shards, entries)
+    _leave(folder, f"{split}-{number:05d}", dataclasses.asdict(shard))
+
+
+def _count(group: tuple[str, Iterable[str]], folder: str) -> None:
+    reason, places = group
+    ordered = sorted(places)
+    _leave(folder, f"dropped-{reason}", {"reason": reason, "count": len(ordered), "examples": ordered[:MAX_EXAMPLES]})
+
+
+def _leave(folder: str, name: str, result: dict[str, Any]) -> None:
+    (Path(folder) / SHARD_RESULTS / f"{name}.json").write_text(json.dumps(result))
+
+
+def _shards(results: Path) -> Iterator[Shard]:
+    for path in sorted(results.glob("[tv]*-*.json")):
+        found = json.loads(path.read_text())
+        yield Shard(**found | {"rows": tuple(tuple(row) for row in found["rows"])})
+
+
+def _drops(results: Path) -> Drops:
+    drops = Drops()
+    for path in sorted(results.glob("dropped-*.json")):
+        found = json.loads(path.read_text())
+        for number, where in enumerate(found["examples"]):
+            drops.add(Dropped(found["reason"], where), 1 if number else found["count"] - len(found["examples"]) + 1)
+    return drops

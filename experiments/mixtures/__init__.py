@@ -1,0 +1,1 @@
+"""Recipes of data mixtures: named sources with counts, licences and the commands that bring them."""
