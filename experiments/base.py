@@ -114,6 +114,8 @@ def get_config(arg: str = "") -> ConfigDict:
             "diagnostics": {
                 "within_spread_warn": 0.20,
                 "within_spread_alarm": 0.10,
+                "across_spread_alarm": 0.10,
+                "across_spread_grace_steps": 500,
                 "copy_distance_alarm": 0.10,
                 "retrieval_alarm": 0.10,
             },

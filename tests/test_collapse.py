@@ -1,8 +1,7 @@
-"""The collapse that the alarms are for, made to happen: a trainable encoder that is its own target."""
+"""The collapse that the alarms are for, made to happen: a trainable encoder, its own target, and hardly any text."""
 
 import json
 
-import numpy as np
 import pytest
 
 from experiments import quickstart
@@ -11,7 +10,7 @@ from unihetero_jax.config import config_hash, from_config_dict
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.train import train
 
-NUM_STEPS = 300
+NUM_STEPS, GRACE_STEPS = 400, 300
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +23,11 @@ def world(tmp_path_factory):
     return path
 
 
-def spread_curve(world, workdir, target):
-    """(mean within-image spread by log interval, all alarms that were on) of a short run with this target."""
+def run_of(world, workdir, target, text_share):
+    """(all alarms that were on, metric lines) of a short run with this target and share of questions."""
     config = quickstart.get_config()
     config.data.tokenizer = str(world / "tokenizer")
-    for name, weight in (("qa", 0.5), ("generation", 0.5)):
+    for name, weight in (("qa", text_share), ("generation", 1 - text_share)):
         config.data.sources[name].update(path=str(world / name), weight=weight)
     config.scene_world.level = "none"
     config.eval.benchmarks, config.eval.validation_rows, config.eval.rollout_source = {}, 8, ""
@@ -37,6 +36,7 @@ def spread_curve(world, workdir, target):
     config.model.decoder.update(num_layers=2, dim=96, num_heads=3, num_kv_heads=1, head_dim=32, mlp_dim=192)
     config.train.update(num_steps=NUM_STEPS, log_every_steps=10, eval_every_steps=10_000)
     config.checkpoint.every_steps = 10_000
+    config.diagnostics.across_spread_grace_steps = GRACE_STEPS
     config.loss.update(target=target, visual_weight=1.0, visual_weight_start=1.0, visual_ramp_steps=20)
     config = from_config_dict(config)
     workdir.mkdir()
@@ -44,16 +44,21 @@ def spread_curve(world, workdir, target):
     (workdir / gradient_table.FILE_NAME).write_text(json.dumps(proof))
     train(config, workdir)
     lines = read_metrics(workdir)
-    spread = np.array([line["terms"]["within_spread"]["mean"] for line in lines])
-    return spread, {alarm for line in lines for alarm in line["alarms"]}, lines
+    return {alarm for line in lines for alarm in line["alarms"]}, lines
+
+
+def last(lines, term):
+    return lines[-1]["terms"][term]["mean"]
 
 
 @pytest.mark.slow
-def test_its_own_target_collapses_and_the_alarm_says_so(world, tmp_path):
-    spread, alarms, lines = spread_curve(world, tmp_path / "stop_gradient", "stop_gradient")
-    print("stop_gradient", np.round(spread, 3).tolist(), [round(x["terms"]["visual"]["mean"], 3) for x in lines])
-    other, other_alarms, other_lines = spread_curve(world, tmp_path / "ema", "ema")
-    print("ema", np.round(other, 3).tolist(), [round(x["terms"]["visual"]["mean"], 3) for x in other_lines])
-    assert "within_spread" in alarms and spread.min() < 0.1
-    assert "within_spread" not in other_alarms and other.min() > 0.1
-    assert lines[-1]["terms"]["visual"]["mean"] < other_lines[-1]["terms"]["visual"]["mean"], "and yet it looks better"
+def test_its_own_target_without_text_collapses_and_the_alarm_says_so(world, tmp_path):
+    """With the questions' share at a half, a plain stop-gradient does not collapse here within 900 steps; without text
+    the moving average does as well. What all have in common is that the visual loss cannot tell.
+    """
+    alarms, lines = run_of(world, tmp_path / "starved", "stop_gradient", text_share=0.1)
+    default_alarms, default_lines = run_of(world, tmp_path / "default", "ema", text_share=0.5)
+    assert alarms == {"across_spread"} and default_alarms == set()
+    assert last(lines, "across_spread") < 0.05 < 0.12 < last(default_lines, "across_spread")
+    assert last(lines, "visual") < last(default_lines, "visual"), "and yet it looks better"
+    assert last(lines, "within_spread") > 0.5, "what happens within an image does not show it"

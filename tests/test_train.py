@@ -230,6 +230,11 @@ def test_alarms_begin_and_end(tiny_experiment, tmp_path, capsys):
     raised, message = alarms_at(5, 1.0, copy=0.05)
     assert raised == ["copy_distance"] and "ALARM: copying the previous embedding" in message
     assert alarms_at(6, 1.0)[0] == []
+    low = {"across_spread": {"mean": 0.03}}
+    assert reporter._update_alarms(500, low) == [], "every run begins like that"
+    assert reporter._update_alarms(501, low) == ["across_spread"]
+    assert "ALARM: across-image spread 0.0300" in capsys.readouterr().err
+    assert reporter._update_alarms(502, {"across_spread": {"mean": 0.2}}) == []
     # Any replicate that collapses counts; an interval without any image is no collapse.
     assert reporter._update_alarms(7, {"within_spread": {"mean": np.array([0.7, 0.01])}}) == ["within_spread"]
     assert reporter._update_alarms(8, {"within_spread": {"mean": np.nan}}) == []

@@ -288,12 +288,18 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiagnosticsConfig:
-    """Collapse alarms: within-image spread of z (warn, alarm), copy-previous distance, rollout retrieval."""
+    """Thresholds of the collapse alarms: within-image spread of z (warn, alarm), spread across images at equal places,
+    copy-previous distance, rollout retrieval.
+
+    Every run begins with a small spread across images: that alarm is silent for `across_spread_grace_steps`.
+    """
 
     within_spread_warn: float
     within_spread_alarm: float
     copy_distance_alarm: float
     retrieval_alarm: float
+    across_spread_alarm: float = 0.10
+    across_spread_grace_steps: int = 500
 
 
 @dataclasses.dataclass(frozen=True)

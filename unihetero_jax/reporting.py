@@ -158,6 +158,11 @@ class Reporter:
             )
         elif spread < thresholds.within_spread_warn:
             alarms["within_spread_warn"] = f"warning: within-image spread {spread:.4f} is low"
+        across = _worst(terms.get("across_spread")) if done > thresholds.across_spread_grace_steps else np.inf
+        if across < thresholds.across_spread_alarm:
+            alarms["across_spread"] = (
+                f"ALARM: across-image spread {across:.4f}: a token tells its place, and not what the image shows"
+            )
         if copy < thresholds.copy_distance_alarm:
             alarms["copy_distance"] = f"ALARM: copying the previous embedding has cosine distance {copy:.4f} only"
         for name in alarms.keys() - self._alarms.keys():
