@@ -59,9 +59,12 @@ format: $(STAMP) ## let ruff fix and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(STAMP) ## loader, attention, and the train step against PyTorch: benchmarks/results (installs torch)
-	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --disable-pip-version-check -c constraints.txt '$(TORCH)'
+bench: $(STAMP) ## loader, attention, train step against PyTorch: benchmarks/results (installs torch, webdataset)
+	@$(PY) -c 'import torch, webdataset' 2>/dev/null || \
+	  $(PY) -m pip install --disable-pip-version-check -c constraints.txt '$(TORCH)' webdataset
 	$(PY) -m benchmarks.loader --full
+	$(PY) -m benchmarks.mixture_scale
+	$(PY) -m benchmarks.decode
 	$(PY) -m benchmarks.attention
 	$(PY) -m benchmarks.train_step
 

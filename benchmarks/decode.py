@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -85,7 +86,7 @@ def our_samples(folder: Path, threads: int) -> Callable[[int], float]:
 def torch_samples(folder: Path, workers: int) -> Callable[[int], float]:
     """The same from webdataset in a torch DataLoader."""
     import torch
-    import webdataset
+    from webdataset.compat import WebDataset
 
     def decode(sample: dict) -> tuple[np.ndarray, str]:
         with Image.open(io.BytesIO(sample["jpg"])) as image:
@@ -93,7 +94,8 @@ def torch_samples(folder: Path, workers: int) -> Callable[[int], float]:
         return np.asarray(pixels), sample["txt"].decode()
 
     shards = [str(folder / "00000.tar")] * workers
-    dataset = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).repeat().map(decode).batched(32)
+    dataset: Any = WebDataset(shards, shardshuffle=False, empty_check=False)
+    dataset = dataset.repeat().map(decode).batched(32)
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=4)
     stream = iter(loader)
 

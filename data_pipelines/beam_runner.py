@@ -10,18 +10,21 @@ only when everything is there.
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from data_pipelines.entries import MAX_EXAMPLES, Dropped, Drops, Entry, best_of
 from data_pipelines.preparation import Preparation, Unit
-from data_pipelines.writer import Shard, finish, new_folder, require_absent, shard_of, write_shard
+from data_pipelines.prepared import Folder
+from data_pipelines.writer import SPLITS, Shard, finish, new_folder, require_absent, shard_of, write_shard
+from unihetero_jax.storage import list_folder, read_bytes, to_path, write_bytes
 
 SHARD_RESULTS = "shard-results"
 """Folder, removed at the end, in which workers leave what they wrote and dropped."""
 
 
-def run_on_beam(job: Preparation, output: Path, runner: str, runner_flags: Sequence[str] = ()) -> dict[str, Any]:
+def run_on_beam(job: Preparation, output: Folder, runner: str, runner_flags: Sequence[str] = ()) -> dict[str, Any]:
     """Prepares on a Beam runner; returns the manifest. Same files as `preparation.run_locally`.
 
     Raises:
@@ -34,7 +37,7 @@ def run_on_beam(job: Preparation, output: Path, runner: str, runner_flags: Seque
         raise ValueError(f"--runner={runner} needs Apache Beam ({error}): pip install -e '.[beam]'") from error
     require_absent(output)
     with new_folder(output) as folder:
-        results = folder / SHARD_RESULTS
+        results = to_path(folder) / SHARD_RESULTS
         results.mkdir()
         options = PipelineOptions([f"--runner={runner}", *runner_flags])
         with beam.Pipeline(options=options) as pipeline:
@@ -67,9 +70,7 @@ def run_on_beam(job: Preparation, output: Path, runner: str, runner_flags: Seque
                 | "count" >> beam.Map(_count, str(folder))
             )
         manifest = finish(folder, _shards(results), _drops(results), job.about)
-        for path in results.iterdir():
-            path.unlink()
-        results.rmdir()
+        results.rmtree()
         return manifest
 
 
@@ -90,7 +91,7 @@ def _keep_one(group: tuple[bytes, Iterable[Entry]]) -> Iterator[Entry | Dropped]
 
 def _write(group: tuple[tuple[str, int], Iterable[Entry]], folder: str, num_shards: int) -> None:
     (split, number), entries = group
-    shard = write_shard(Path(folder), split, number, num_shards, entries)
+    shard = write_shard(to_path(folder), split, number, num_shards, entries)
     _leave(folder, f"{split}-{number:05d}", dataclasses.asdict(shard))
 
 
@@ -101,19 +102,24 @@ def _count(group: tuple[str, Iterable[str]], folder: str) -> None:
 
 
 def _leave(folder: str, name: str, result: dict[str, Any]) -> None:
-    (Path(folder) / SHARD_RESULTS / f"{name}.json").write_text(json.dumps(result))
+    write_bytes(to_path(folder) / SHARD_RESULTS / f"{name}.json", json.dumps(result).encode())
 
 
-def _shards(results: Path) -> Iterator[Shard]:
-    for path in sorted(results.glob("[tv]*-*.json")):
-        found = json.loads(path.read_text())
-        yield Shard(**found | {"rows": tuple(tuple(row) for row in found["rows"])})
+def _shards(results: epath.Path) -> Iterator[Shard]:
+    for found in _left(results, SPLITS):
+        rows: Any = tuple(tuple(row) for row in found["rows"])
+        yield Shard(**found | {"rows": rows})
 
 
-def _drops(results: Path) -> Drops:
+def _drops(results: epath.Path) -> Drops:
     drops = Drops()
-    for path in sorted(results.glob("dropped-*.json")):
-        found = json.loads(path.read_text())
+    for found in _left(results, ("dropped",)):
         for number, where in enumerate(found["examples"]):
             drops.add(Dropped(found["reason"], where), 1 if number else found["count"] - len(found["examples"]) + 1)
     return drops
+
+
+def _left(results: epath.Path, kinds: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for path in list_folder(results):
+        if path.name.partition("-")[0] in kinds:
+            yield json.loads(read_bytes(path))

@@ -14,10 +14,12 @@ from data_pipelines.beam_runner import run_on_beam
 from data_pipelines.entries import Filters, texts_of
 from data_pipelines.layouts import LAYOUTS, expand
 from data_pipelines.preparation import Preparation, run_locally
+from data_pipelines.prepared import Folder
 from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
 from data_pipelines.writer import About, require_absent
 from unihetero_jax.data.records import index_key
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from unihetero_jax.storage import to_path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(flags: argparse.Namespace, runner_flags: Sequence[str]) -> None:
-    output = Path(flags.output)
+    output = to_path(flags.output)
     require_absent(output)
     if not 0 <= flags.val_share < 1:
         raise ValueError(f"--val-share: {flags.val_share} must lie in [0, 1)")
@@ -66,7 +68,7 @@ def _convert(flags: argparse.Namespace, runner_flags: Sequence[str]) -> None:
         run_locally(job, output, flags.workers)
 
 
-def _preparation(flags: argparse.Namespace, output: Path) -> Preparation:
+def _preparation(flags: argparse.Namespace, output: Folder) -> Preparation:
     source, spec = flags.source or output.name, spec_from_flags(flags)
     files, val_files = expand(flags.input, "--input"), expand(flags.val_input, "--val-input")
     read = LAYOUTS[flags.layout].reader(flags, source)

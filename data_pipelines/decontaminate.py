@@ -28,8 +28,18 @@ from data_pipelines.evaluation_lookup import (
     surest,
 )
 from data_pipelines.evaluation_sets import read_evaluation_set
-from data_pipelines.prepared import Stored, count_records, read_manifest, read_shards, read_stored, shards_of
-from data_pipelines.writer import SPLITS, About, check_prepared, finish, new_folder, require_absent, write_shard
+from data_pipelines.prepared import Folder, Stored, read_manifest, read_shards, read_stored
+from data_pipelines.writer import (
+    SPLITS,
+    About,
+    check_prepared,
+    finish,
+    new_folder,
+    require_absent,
+    write_index,
+    write_shard,
+)
+from unihetero_jax.storage import list_folder, local_copy, to_path
 
 REMOVED = tuple(reason for reason in REASONS if reason not in DOUBTFUL_REASONS)
 """What is removed by default."""
@@ -127,7 +137,7 @@ def records_to_remove(scanned: Scan, lookup: EvaluationLookup, reasons: Collecti
 
 
 def write_without(
-    path: Path, output: Path, removed: Mapping[int, Dropped], settings: Mapping[str, Any]
+    path: Folder, output: Folder, removed: Mapping[int, Dropped], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Writes a prepared folder again without some of its training records; returns the new manifest.
 
@@ -159,11 +169,10 @@ def write_without(
                 if entries:
                     _, number, _, num_shards = shard.stem.split("-")
                     shards.append(write_shard(partial, split, int(number), int(num_shards), entries))
-        made = finish(partial, shards, drops, about)
         for other, of_split in others:
-            np.save(partial / "index" / f"{other}.train.npy", np.delete(of_split["train"], np.array([*removed], int)))
-            np.save(partial / "index" / f"{other}.val.npy", of_split["val"])
-    return made
+            write_index(partial, other, "train", np.delete(of_split["train"], np.array([*removed], int)))
+            write_index(partial, other, "val", of_split["val"])
+        return finish(partial, shards, drops, about)
 
 
 def _entry(stored: Stored, rows: np.ndarray, split: str) -> Entry:
@@ -171,10 +180,11 @@ def _entry(stored: Stored, rows: np.ndarray, split: str) -> Entry:
     return Entry(stored.number, stored.data, rows[stored.number].item(), split, b"", stored.where)
 
 
-def _read_indices(path: Path) -> dict[str, dict[str, np.ndarray]]:
+def _read_indices(path: Folder) -> dict[str, dict[str, np.ndarray]]:
     """Every index of lengths of a folder, by key and split."""
-    counts = {split: sum(map(count_records, shards_of(path, split))) for split in SPLITS}
-    keys = sorted(file.name.removesuffix(".train.npy") for file in path.glob("index/*.train.npy"))
+    counts = read_manifest(path)["num_records"]
+    names = [file.name for file in list_folder(to_path(path) / "index")]
+    keys = [name.removesuffix(".train.npy") for name in names if name.endswith(".train.npy")]
     if not keys:
         raise ValueError(f"{path} has no index of lengths; make one with python -m data_pipelines.index")
     indices = {}
@@ -182,7 +192,8 @@ def _read_indices(path: Path) -> dict[str, dict[str, np.ndarray]]:
         for split, count in counts.items():
             file = path / "index" / f"{key}.{split}.npy"
             try:
-                rows = np.load(file, allow_pickle=False)
+                with local_copy(file) as copy:
+                    rows = np.load(copy, allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
                 raise ValueError(f"{file} is no readable index ({error}); remove it, or make it again") from error
             if len(rows) != count:
@@ -254,7 +265,7 @@ def _decontaminate(flags: argparse.Namespace) -> None:
             print(f"{path}: nothing to remove, so {output} was not written", flush=True)
 
 
-def _check(flags: argparse.Namespace) -> dict[Path, Path]:
+def _check(flags: argparse.Namespace) -> dict[Folder, Folder]:
     """Refuses what cannot end well, before the work; returns the folder to write for each, if any is wanted."""
     if flags.workers < 1:
         raise ValueError(f"--workers: {flags.workers} must be positive")
@@ -291,7 +302,7 @@ def _write(path: Path, report: Mapping[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.decontaminate", description=summary)
-    parser.add_argument("folders", nargs="+", type=Path, help="prepared folders")
+    parser.add_argument("folders", nargs="+", type=to_path, help="prepared folders")
     parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="FILE",
                         help="questions files: MMBench TSV, SEED-Bench JSON, POPE JSON lines")  # fmt: skip
     parser.add_argument("--images", default="", help="folder or zip with their pictures; default: each file's folder")

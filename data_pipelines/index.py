@@ -5,17 +5,17 @@ python -m data_pipelines.index data/real/nlvr --tokenizer=data/real/tokenizer --
 
 import argparse
 import sys
-from pathlib import Path
 
 from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
 from data_pipelines.writer import build_index
 from unihetero_jax.data.tokenizer import load_tokenizer
+from unihetero_jax.storage import to_path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.index", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="prepared folders")
+    parser.add_argument("folders", nargs="+", type=to_path, help="prepared folders, local or in a bucket")
     parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json")
     add_spec_flags(parser)
     flags = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ from typing import Any
 
 from data_pipelines.entries import Checker, Dropped, Drops, Entry, Filters, without_duplicates
 from data_pipelines.layouts import LAYOUTS
+from data_pipelines.prepared import Folder
 from data_pipelines.writer import About, kept_entries, require_absent, write_entries
 from unihetero_jax.data.records import ImageSpec
 from unihetero_jax.data.tokenizer import load_tokenizer
@@ -77,7 +78,7 @@ class Preparation:
         yield from checker.entries(read(files), split)
 
 
-def run_locally(job: Preparation, output: Path, num_workers: int) -> dict[str, Any]:
+def run_locally(job: Preparation, output: Folder, num_workers: int) -> dict[str, Any]:
     """Prepares in `num_workers` processes of this machine, entries held in memory; returns the manifest.
 
     Raises:

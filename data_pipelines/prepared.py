@@ -1,5 +1,6 @@
 """Reading a prepared folder: its manifest, and its records with their places, all or an even sample of them."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from etils import epath
 
 from unihetero_jax.data import records
 from unihetero_jax.data.records import Record
+from unihetero_jax.storage import local_copy, read_bytes, to_path
 
+Folder = Path | epath.Path
+"""A folder, or a file in one: local, or in a bucket."""
 MANIFEST_FIELDS: Mapping[str, type] = {
     "source": str, "licence": str, "num_records": dict, "dropped": dict, "dropped_examples": dict, "files": dict,
     "settings": dict,
@@ -31,14 +36,14 @@ class Stored:
     where: str
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Folder) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
         ValueError: there is none, or it is none that the writer made.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(read_bytes(to_path(path) / "manifest.json"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or has no readable manifest.json ({error})") from error
     if not isinstance(manifest, dict):
@@ -49,7 +54,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def shards_of(path: Path, split: str) -> list[Path]:
+def shards_of(path: Folder, split: str) -> list[Folder]:
     """The record files of a split, in record order, as the manifest lists them.
 
     Raises:
@@ -58,7 +63,7 @@ def shards_of(path: Path, split: str) -> list[Path]:
     return [path / name for name in sorted(read_manifest(path)["files"]) if name.startswith(f"{split}-")]
 
 
-def read_stored(path: Path, split: str, max_records: int = 0) -> Iterator[Stored]:
+def read_stored(path: Folder, split: str, max_records: int = 0) -> Iterator[Stored]:
     """Records of a split in stored order; with `max_records`, so many of them, evenly spaced.
 
     The stored order is a shuffle by hash, so evenly spaced records are a fair sample, and always the same one.
@@ -70,13 +75,14 @@ def read_stored(path: Path, split: str, max_records: int = 0) -> Iterator[Stored
         yield from of_shard
 
 
-def read_shards(path: Path, split: str, max_records: int = 0) -> Iterator[tuple[Path, Iterator[Stored]]]:
+def read_shards(path: Folder, split: str, max_records: int = 0) -> Iterator[tuple[Folder, Iterator[Stored]]]:
     """The same file by file: each record file, and its records.
 
     Raises:
         ValueError: as `read_stored`; damaged records when they are reached.
     """
-    sizes = [(shard, count_records(shard)) for shard in shards_of(path, split)]
+    files = read_manifest(path)["files"]
+    sizes = [(shard, files[shard.name].get("records") or count_records(shard)) for shard in shards_of(path, split)]
     total = sum(size for _, size in sizes)
     count = min(total, max_records or total)
     wanted = (i * total // count for i in range(count))
@@ -90,22 +96,30 @@ def read_shards(path: Path, split: str, max_records: int = 0) -> Iterator[tuple[
         first += size
 
 
-def count_records(shard: Path) -> int:
+def count_records(shard: Folder) -> int:
     """How many records a file holds.
 
     Raises:
         ValueError: it is missing or no ArrayRecord file.
     """
-    try:
-        with ArrayRecordDataSource([os.fspath(shard)]) as reader:
-            return len(reader)
-    except _UNREADABLE as error:
-        raise ValueError(f"{shard} is no readable ArrayRecord file ({error}); prepare the folder again") from error
+    with _opened(shard) as reader:
+        return len(reader)
 
 
-def _read_shard(shard: Path, within: Sequence[int], first: int) -> Iterator[Stored]:
+@contextlib.contextmanager
+def _opened(shard: Folder) -> Iterator[ArrayRecordDataSource]:
+    with contextlib.ExitStack() as opened:
+        try:
+            file = opened.enter_context(local_copy(shard))
+            reader = opened.enter_context(ArrayRecordDataSource([os.fspath(file)]))
+        except _UNREADABLE as error:
+            raise ValueError(f"{shard} is no readable ArrayRecord file ({error}); prepare the folder again") from error
+        yield reader
+
+
+def _read_shard(shard: Folder, within: Sequence[int], first: int) -> Iterator[Stored]:
     """Records of a file by their numbers in it; its first one has the number `first` in the split."""
-    with ArrayRecordDataSource([os.fspath(shard)]) as reader:
+    with _opened(shard) as reader:
         for number in within:
             try:
                 data = reader[number]

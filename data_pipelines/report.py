@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipelines.bias import measure_bias
 from data_pipelines.entries import Encode, content_of
-from data_pipelines.prepared import Stored, read_manifest, read_stored
+from data_pipelines.prepared import Folder, Stored, read_manifest, read_stored
 from data_pipelines.report_page import (
     DrawnRow,
     Pictures,
@@ -38,13 +38,14 @@ from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, RecordEr
 from unihetero_jax.data.row_plan import plan_rows
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
+from unihetero_jax.storage import local_copy, to_path
 
 ROW_CANDIDATES = 32
 """Records of each source from which rows are packed, one of which is drawn."""
 
 
 def report_source(
-    path: Path,
+    path: Folder,
     name: str,
     tokenizer: Tokenizer,
     spec: ImageSpec,
@@ -88,19 +89,20 @@ def report_source(
     )
 
 
-def _records(path: Path, split: str, sample: int) -> Iterator[Record]:
+def _records(path: Folder, split: str, sample: int) -> Iterator[Record]:
     return (stored.record for stored in read_stored(path, split, sample))
 
 
-def _first(path: Path, count: int) -> Iterator[Stored]:
+def _first(path: Folder, count: int) -> Iterator[Stored]:
     """The first training records in stored order, which is a shuffle."""
     return itertools.islice(read_stored(path, "train"), count)
 
 
-def _read_index(path: Path, tokenizer: Tokenizer, spec: ImageSpec) -> np.ndarray:
+def _read_index(path: Folder, tokenizer: Tokenizer, spec: ImageSpec) -> np.ndarray:
     file = path / "index" / f"{records.index_key(tokenizer.hash, spec)}.train.npy"
     try:
-        return np.load(file, allow_pickle=False).astype(records.INDEX_DTYPE, copy=False)
+        with local_copy(file) as copy:
+            return np.load(copy, allow_pickle=False).astype(records.INDEX_DTYPE, copy=False)
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise ValueError(
             f"{path} has no readable index of lengths for this tokenizer, --patch-size, --min-patches and "
@@ -223,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.report", description=summary)
-    parser.add_argument("folders", nargs="+", type=Path, help="prepared folders")
+    parser.add_argument("folders", nargs="+", type=to_path, help="prepared folders")
     parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json")
     parser.add_argument("--output", required=True, help="HTML file to write")
     parser.add_argument("--sample", type=int, default=20_000, help="records of each split to look at; 0: all")

@@ -134,7 +134,8 @@ def write_scene_world(
     output = Path(path)
     if num_scenes < 1 or level not in IMAGE_SIZE:
         raise ValueError(f"scene world: num_scenes {num_scenes} must be positive and level {level!r} easy or hard")
-    with new_folder(output) as partial:
+    with new_folder(output) as made:
+        partial = Path(made)
         texts = (s.text for i in range(min(num_scenes, 4000)) for make in (qa_record, generation_record)
                  for s in make(seed, "train", level, i).segments if isinstance(s, TextSegment))  # fmt: skip
         tokenizer = train_tokenizer(texts, vocab_size, partial / "tokenizer")

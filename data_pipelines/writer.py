@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -25,10 +24,20 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines.entries import Checker, Dropped, Drops, Entry, IndexRow, Samples, index_row
-from data_pipelines.prepared import read_manifest, read_stored
+from data_pipelines.prepared import Folder, read_manifest, read_stored
 from unihetero_jax.data import records
 from unihetero_jax.data.records import ImageSpec, Record
 from unihetero_jax.data.tokenizer import Tokenizer
+from unihetero_jax.storage import (
+    digest_of,
+    file_exists,
+    is_local,
+    list_folder,
+    local_copy,
+    local_target,
+    to_path,
+    write_bytes,
+)
 
 SPLITS = ("train", "val")
 
@@ -38,15 +47,22 @@ class FolderExists(ValueError):
 
 
 @contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Folder) -> Iterator[Folder]:
     """Gives a folder to write into that becomes `output` at the end, at once: a folder that exists is complete.
 
-    What a killed preparation left under another name is removed first.
+    What a killed preparation left under another name is removed first. In a bucket nothing can be renamed: what is
+    written is in its place already, and the manifest, which comes last, makes a prepared folder of it.
 
     Raises:
         FolderExists: `output` exists; what was written is discarded.
     """
     require_absent(output)
+    if not is_local(output):
+        if list_folder(to_path(output)):
+            to_path(output).rmtree()
+        yield output
+        return
+    output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f"{output.name}.partial-*"):
         if not _runs(left.name.rpartition("-")[2]):
@@ -85,7 +101,7 @@ def _runs(pid: str) -> bool:
 
 def write_prepared(
     samples: Samples,
-    output: Path,
+    output: Folder,
     *,
     source: str,
     tokenizer: Tokenizer,
@@ -141,7 +157,7 @@ class About:
 
 
 def write_entries(
-    entries: Iterable[Entry], drops: Drops, output: Path, about: About, num_shards: int
+    entries: Iterable[Entry], drops: Drops, output: Folder, about: About, num_shards: int
 ) -> dict[str, Any]:
     """Writes a prepared folder from entries held in memory; returns its manifest.
 
@@ -156,9 +172,9 @@ def write_entries(
         return finish(partial, written, drops, about)
 
 
-def require_absent(output: Path) -> None:
-    """Raises FolderExists if there is a folder of this name already."""
-    if output.exists():
+def require_absent(output: Folder) -> None:
+    """Raises FolderExists if there is a folder of this name already; in a bucket: a prepared one."""
+    if output.exists() if is_local(output) else file_exists(to_path(output) / "manifest.json"):
         raise FolderExists(f"{output} exists; remove it, or name another folder")
 
 
@@ -178,18 +194,20 @@ class Shard:
     description: Mapping[str, Any]
 
 
-def write_shard(folder: Path, split: str, number: int, num_shards: int, entries: Iterable[Entry]) -> Shard:
+def write_shard(folder: Folder, split: str, number: int, num_shards: int, entries: Iterable[Entry]) -> Shard:
     """Writes the entries of one shard in their order."""
-    path = folder / f"{split}-{number:05d}-of-{num_shards:05d}.array_record"
+    name = f"{split}-{number:05d}-of-{num_shards:05d}.array_record"
     ordered = sorted(entries)
-    writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
-    for entry in ordered:
-        writer.write(entry.data)
-    writer.close()
-    return Shard(split, number, path.name, tuple(entry.row for entry in ordered), _describe(path))
+    with local_target(folder / name) as path:
+        writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+        for entry in ordered:
+            writer.write(entry.data)
+        writer.close()
+        description = {"records": len(ordered), **_describe(path)}
+    return Shard(split, number, name, tuple(entry.row for entry in ordered), description)
 
 
-def finish(folder: Path, shards: Iterable[Shard], drops: Drops, about: About) -> dict[str, Any]:
+def finish(folder: Folder, shards: Iterable[Shard], drops: Drops, about: About) -> dict[str, Any]:
     """Writes index and manifest beside the shards of a folder; returns the manifest.
 
     Raises:
@@ -199,12 +217,11 @@ def finish(folder: Path, shards: Iterable[Shard], drops: Drops, about: About) ->
     if not ordered:
         dropped = sum(drops.counts.values())
         raise ValueError(f"{about.source}: no record was left of {dropped} samples; dropped: {drops}")
-    (folder / "index").mkdir(exist_ok=True)
     num_records = {}
     for split in SPLITS:
         rows = [row for shard in ordered if shard.split == split for row in shard.rows]
         num_records[split] = len(rows)
-        np.save(folder / "index" / f"{about.index_key}.{split}.npy", _index_rows(rows))
+        write_index(folder, about.index_key, split, rows)
     manifest = {
         "record_version": records.RECORD_VERSION,
         "source": about.source,
@@ -215,13 +232,13 @@ def finish(folder: Path, shards: Iterable[Shard], drops: Drops, about: About) ->
         "files": {shard.file: dict(shard.description) for shard in ordered},
         "settings": dict(about.settings),
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    write_bytes(to_path(folder) / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
     counts = ", ".join(f"{count} {name}" for name, count in num_records.items())
     print(f"{about.source}: {counts}; dropped: {drops}", flush=True)
     return manifest
 
 
-def check_prepared(path: Path, settings: Mapping[str, Any] | None = None) -> str:
+def check_prepared(path: Folder, settings: Mapping[str, Any] | None = None) -> str:
     """Why a prepared folder cannot be used as it is: missing, made with other settings, damaged. Empty: it can."""
     try:
         manifest = read_manifest(path)
@@ -230,12 +247,19 @@ def check_prepared(path: Path, settings: Mapping[str, Any] | None = None) -> str
     if settings is not None and manifest["settings"] != dict(settings):
         return f"{path} was made from other data or with other settings"
     for name, expected in manifest["files"].items():
-        if not (path / name).is_file() or _describe(path / name) != expected:
+        if not _is_whole(path / name, expected):
             return f"{path / name} is missing or damaged"
     return ""
 
 
-def build_index(path: Path, tokenizer: Tokenizer, spec: ImageSpec) -> str:
+def _is_whole(path: Folder, expected: Mapping[str, Any]) -> bool:
+    if not file_exists(to_path(path)):
+        return False
+    with local_copy(path) as copy:
+        return _describe(copy).items() <= expected.items()
+
+
+def build_index(path: Folder, tokenizer: Tokenizer, spec: ImageSpec) -> str:
     """Adds the index of lengths for another tokenizer or image spec to a prepared folder; returns its key.
 
     Raises:
@@ -244,17 +268,13 @@ def build_index(path: Path, tokenizer: Tokenizer, spec: ImageSpec) -> str:
     if fault := check_prepared(path):
         raise ValueError(f"{fault}; it is no prepared folder, or its preparation did not finish: prepare it again")
     key = records.index_key(tokenizer.hash, spec)
-    (path / "index").mkdir(exist_ok=True)
     encode = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode)
     for split in SPLITS:
-        rows = [index_row(stored.record, encode, spec) for stored in read_stored(path, split)]
-        partial = path / "index" / f".{key}.{split}.{os.getpid()}.npy"
-        np.save(partial, _index_rows(rows))
-        os.replace(partial, path / "index" / f"{key}.{split}.npy")
+        write_index(path, key, split, [index_row(stored.record, encode, spec) for stored in read_stored(path, split)])
     return key
 
 
-def read_records(path: Path, split: str) -> list[Record]:
+def read_records(path: Folder, split: str) -> list[Record]:
     """All records of a split, in stored order.
 
     Raises:
@@ -263,13 +283,12 @@ def read_records(path: Path, split: str) -> list[Record]:
     return [stored.record for stored in read_stored(path, split)]
 
 
-def _index_rows(rows: Sequence[IndexRow]) -> np.ndarray:
-    return np.array(rows, records.INDEX_DTYPE) if rows else np.zeros(0, records.INDEX_DTYPE)
+def write_index(folder: Folder, key: str, split: str, rows: Sequence[IndexRow] | np.ndarray) -> None:
+    """Writes the index of lengths of a split; any earlier one is replaced at once."""
+    (folder / "index").mkdir(exist_ok=True)
+    with local_target(folder / "index" / f"{key}.{split}.npy") as path:
+        np.save(path, np.array(rows, records.INDEX_DTYPE))
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.blake2b()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "digest": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "digest": digest_of(path)}

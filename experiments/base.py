@@ -92,6 +92,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 "prefetch_batches": 4,
                 "max_failed_share": 0.001,
                 "verify_digests": True,
+                "cache_dir": "",
+                "cache_gib": 20.0,
             },
             "train": {
                 "num_steps": 1000,

@@ -162,6 +162,8 @@ def _chosen(question: Question, scores: OptionScores) -> str:
 
 def export(workdir: Path, folder: Path) -> None:
     """Writes what `evaluate` and `generate` need, without optimizer state, and the run's metric curve."""
+    if folder.is_absolute():
+        raise ValueError(f"--export {folder}: the export keeps this name to find its files; give a relative one")
     if folder.exists():
         raise ValueError(f"--export {folder} exists; remove it, or name another folder")
     run = load_run(os.fspath(workdir), -1, 0)

@@ -16,13 +16,13 @@ PACKAGE = "unihetero_jax"
 SOURCE_FOLDERS = (PACKAGE, "experiments", "data_pipelines", "benchmarks")
 
 LAYERS: list[set[str]] = [
-    {"arrays", "config"},
+    {"arrays", "config", "storage"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
         "data.row_plan", "command_line", "workdir",
     },
     {
-        "state", "metrics", "integrity", "data.sources", "data.transforms", "data.roles", "data.packing",
+        "state", "metrics", "integrity", "data.shards", "data.sources", "data.transforms", "data.roles", "data.packing",
         "inference.sampling", "model.layers", "model.attention", "model.vision_encoder", "model.semantic_encoder",
         "model.decoder", "model.semantic_head", "text_loss",
     },
@@ -34,8 +34,8 @@ LAYERS: list[set[str]] = [
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 32
-MAX_CLOSURE_LINES = 6800
+MAX_CLOSURE_MODULES = 34
+MAX_CLOSURE_LINES = 7500
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
 Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its lock, the
@@ -207,10 +207,10 @@ def test_data_is_free_of_jax_even_indirectly():
                 assert not found, f"{name} reaches {member}, which imports {found}"
 
 
-def test_data_pipelines_know_three_modules_of_the_package():
+def test_data_pipelines_know_four_modules_of_the_package():
     for name, tree in read_sources("data_pipelines").items():
         modules = {"records", "tokenizer", "question_files"} | SHOWN_AS_LOADED.get(name, set())
-        allowed = {f"{PACKAGE}.data.{module}" for module in modules}
+        allowed = {f"{PACKAGE}.data.{module}" for module in modules} | {f"{PACKAGE}.storage"}
         for imported in imported_names(tree):
             inside = imported == PACKAGE or imported.startswith(PACKAGE + ".")
             is_prefix = any(module.startswith(imported) for module in allowed)

@@ -2,6 +2,7 @@
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -79,18 +80,24 @@ def test_a_finished_demo_started_again_keeps_its_clock(finished):
     assert abs(again["wall_s"] - summary["wall_s"]) < 1 and again["accuracy"] == summary["accuracy"]
 
 
-def test_an_export_stands_alone(finished, tmp_path, capsys):
+def test_an_export_stands_alone(finished, tmp_path, capsys, monkeypatch):
     workdir, summary, _ = finished
-    demo.export(workdir, tmp_path / "export")
-    assert cli.main(["evaluate", f"--workdir={tmp_path / 'export'}", "--benchmarks=scenes"]) == 0
-    result = json.loads((tmp_path / "export" / "eval" / "scenes-2.json").read_text())
-    assert result["overall"]["accuracy"] == summary["accuracy"]["overall"]
-    with pytest.raises(ValueError, match="exists"):
+    with pytest.raises(ValueError, match="give a relative one"):
         demo.export(workdir, tmp_path / "export")
-    (tmp_path / "export" / "tokenizer" / "tokenizer.json").write_text(
-        (tmp_path / "export" / "tokenizer" / "tokenizer.json").read_text() + " "
-    )
-    assert cli.main(["evaluate", f"--workdir={tmp_path / 'export'}", "--benchmarks=scenes"]) == 2
+    made_in, moved_to = tmp_path / "here", tmp_path / "there"
+    made_in.mkdir()
+    monkeypatch.chdir(made_in)
+    demo.export(workdir, Path("export"))
+    with pytest.raises(ValueError, match="exists"):
+        demo.export(workdir, Path("export"))
+    made_in.rename(moved_to)
+    monkeypatch.chdir(moved_to)
+    assert cli.main(["evaluate", "--workdir=export", "--benchmarks=scenes"]) == 0
+    result = json.loads(Path("export/eval/scenes-2.json").read_text())
+    assert result["overall"]["accuracy"] == summary["accuracy"]["overall"]
+    tokenizer = Path("export/tokenizer/tokenizer.json")
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    assert cli.main(["evaluate", "--workdir=export", "--benchmarks=scenes"]) == 2
     assert "holds another tokenizer" in capsys.readouterr().err
 
 

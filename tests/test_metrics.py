@@ -128,11 +128,6 @@ def test_damaged_line_in_the_middle_is_kept(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\nnot json\n{"step": 2}\n'
 
 
-def test_bucket_is_refused():
-    with pytest.raises(ValueError, match="gs://bucket/run: metrics are appended"):
-        MetricsWriter("gs://bucket/run")
-
-
 def test_interval_metrics_divide_once():
     interval = IntervalMetrics()
     interval.add({"text": jnp.float32(6.0), "visual": np.array([1.0, 2.0])}, {"text": 2, "visual": np.array([1, 0])})

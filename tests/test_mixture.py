@@ -66,7 +66,8 @@ def write_source(folder, name, tokenizer, splits, spec=SPEC, num_files=2):
             for i in part:
                 writer.write(records.serialize(items[i]))
             writer.close()
-            files[path.name] = {"bytes": path.stat().st_size, "digest": hashlib.blake2b(path.read_bytes()).hexdigest()}
+            digest = hashlib.blake2b(path.read_bytes()).hexdigest()
+            files[path.name] = {"bytes": path.stat().st_size, "digest": digest, "records": len(part)}
     manifest = {
         "record_version": records.RECORD_VERSION,
         "source": name,

@@ -68,6 +68,12 @@ def drawn_samples():
     return [first, second]
 
 
+def test_bytes_of_rows_are_as_documented():
+    """README, "In a bucket": what a batch under way takes of host memory."""
+    rows = packing.empty_rows(3, 100, 60, 8, PAD)
+    assert sum(array.nbytes for array in rows.values()) == 3 * (60 * (3 * 8**2 + 20) + 35 * 100 + 8)
+
+
 def test_row_is_laid_out_as_drawn():
     row = packing.assemble_row(drawn_samples(), 24, 40, 1, PAD)
     for name, expected in drawn_row(24).items():

@@ -133,7 +133,10 @@ def test_manifest_describes_the_files(write):
     assert set(manifest["files"]) == {p.name for p in folder.glob("*.array_record")}
     for name, entry in manifest["files"].items():
         content = (folder / name).read_bytes()
-        assert entry == {"bytes": len(content), "digest": hashlib.blake2b(content).hexdigest()}
+        with ArrayRecordDataSource([str(folder / name)]) as reader:
+            count = len(reader)
+        digest = hashlib.blake2b(content).hexdigest()
+        assert entry == {"records": count, "bytes": len(content), "digest": digest}
 
 
 def bomb():

@@ -26,6 +26,7 @@ def test_the_reference_answers_and_describes(monkeypatch):
     monkeypatch.chdir(ROOT)  # the reference names its files from there
     run = load_run(str(REFERENCE), -1, 0)
     config, params, tokenizer = run.config, run.params, run.tokenizer
+    assert config.data.tokenizer == "reference/demo/tokenizer", "wherever the repository is cloned to"
     items = read_benchmark(config.eval.benchmarks["scenes"]).items
     chosen = [item for item in items if item.category in ("color", "shape", "count")][::6]
     scores = score_items(chosen, tokenizer, config, make_log_probs(config, params))

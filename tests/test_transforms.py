@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from unihetero_jax.data import transforms
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment
@@ -45,7 +46,9 @@ def test_resize_keeps_aspect_and_whole_blocks(size, spec, expected):
 
 def test_resize_leaves_a_fitting_image_alone_and_antialiases_others():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    assert transforms.resize_to_grid(pixels, ImageSpec(8, 4, 4)) is pixels
+    assert np.array_equal(transforms.resize_to_grid(pixels, ImageSpec(8, 4, 4)), pixels)
+    as_pillow = transforms.resize_to_grid(Image.fromarray(pixels), ImageSpec(4, 4, 4))
+    assert np.array_equal(as_pillow, transforms.resize_to_grid(pixels, ImageSpec(4, 4, 4)))
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255  # without antialias some stripes would survive as black or white
     assert np.abs(transforms.resize_to_grid(stripes, ImageSpec(8, 4, 4)).astype(int) - 127).max() <= 4

@@ -36,6 +36,7 @@ from jax.experimental import multihost_utils
 from unihetero_jax import __version__
 from unihetero_jax.config import Config, config_hash, differences, to_dict
 from unihetero_jax.integrity import MANIFEST, digest_files, read_manifest, verify, write_manifest
+from unihetero_jax.storage import file_exists, is_local, list_folder, to_path
 from unihetero_jax.workdir import write_atomically
 
 DAMAGED = "damaged.json"
@@ -44,6 +45,7 @@ FREE_FIELDS = (
     "train.num_steps", "train.log_every_steps", "train.eval_every_steps", "train.accumulation_steps",
     "train.max_consecutive_skips", "checkpoint", "mesh", "eval", "diagnostics",
     "data.num_threads", "data.prefetch_batches", "data.max_failed_share", "data.verify_digests",
+    "data.cache_dir", "data.cache_gib",
     "model.encoder.remat", "model.decoder.remat",
 )  # fmt: skip
 """Fields, or whole sections, that may change between a save and its restore: they move no data and no arithmetic beyond
@@ -243,10 +245,12 @@ class Checkpointer:
         if jax.process_index() == 0:
             self._root.mkdir(parents=True, exist_ok=True)
             complete = list_steps(self._root.parent)
-            lost = not complete and (self._root / COMPLETED).exists()
-            for path in sorted(self._root.iterdir()):
+            lost = not complete and file_exists(self._root / COMPLETED)
+            for path in list_folder(self._root):
                 is_temporary = ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".tmp")
-                is_incomplete = path.name.isdigit() and int(path.name) not in complete and not (path / DAMAGED).exists()
+                is_incomplete = (
+                    path.name.isdigit() and int(path.name) not in complete and not file_exists(path / DAMAGED)
+                )
                 if is_temporary or (is_incomplete and not lost):
                     self._report(f"removing {path}, the leftover of an unfinished save or removal")
                     if path.is_dir():
@@ -310,7 +314,7 @@ class Checkpointer:
         self._report(f"checkpoint {step} is damaged and will not be used: {fault}")
         # The marker alone settles it; moving the folder only frees its name and may not work everywhere.
         write_atomically(folder / DAMAGED, json.dumps({"step": step, "fault": fault, "found": time.time()}))
-        number = sum(path.name.startswith(f"damaged-{step}-") for path in self._root.iterdir())
+        number = sum(path.name.startswith(f"damaged-{step}-") for path in list_folder(self._root))
         try:
             folder.rename(self._root / f"damaged-{step}-{number}")
         except OSError as error:
@@ -319,13 +323,10 @@ class Checkpointer:
 
 def list_steps(workdir: epath.PathLike) -> list[int]:
     """Complete steps of a run, ascending. Reads names only; the digests are verified when a step is restored."""
-    root = _checkpoint_root(workdir)
-    if not root.exists():
-        return []
     return sorted(
         int(path.name)
-        for path in root.iterdir()
-        if path.name.isdigit() and (path / MANIFEST).exists() and not (path / DAMAGED).exists()
+        for path in list_folder(_checkpoint_root(workdir))
+        if path.name.isdigit() and file_exists(path / MANIFEST) and not file_exists(path / DAMAGED)
     )
 
 
@@ -468,9 +469,9 @@ def _kill_point(point: str, step: int) -> None:
 
 
 def _checkpoint_root(workdir: epath.PathLike) -> epath.Path:
-    path = epath.Path(workdir)
+    path = to_path(workdir)
     # Orbax refuses relative paths.
-    return (path if "://" in os.fspath(path) else path.absolute()) / "checkpoints"
+    return (path.absolute() if is_local(path) else path) / "checkpoints"
 
 
 def _save_failed(step: int, error: BaseException) -> CheckpointError:
@@ -493,7 +494,7 @@ def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None]) -> in
             return step
         on_damage(step, fault)
         faults.append(f"step {step}: {fault}")
-    was_completed = root.exists() and ((root / COMPLETED).exists() or any(root.glob(f"*/{DAMAGED}")))
+    was_completed = file_exists(root / COMPLETED) or any(file_exists(path / DAMAGED) for path in list_folder(root))
     if faults or was_completed:
         listing = "".join(f"\n  - {fault}" for fault in faults)
         raise CheckpointError(

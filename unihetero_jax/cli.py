@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from data_pipelines.scene_world import ensure_scene_world
 from unihetero_jax import data_stats
@@ -33,6 +34,7 @@ from unihetero_jax.model.unihetero import Params, build
 from unihetero_jax.sharding import activation_mesh, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
+from unihetero_jax.storage import list_folder, read_bytes, to_path
 from unihetero_jax.text_loss import text_nll
 from unihetero_jax.train import Hook, Interrupted, train
 from unihetero_jax.workdir import prepare_workdir
@@ -110,7 +112,7 @@ def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
     benchmarks = select_benchmarks(run.config.eval.benchmarks, requested)
     results = evaluate(
         run.config, make_log_probs(run.config, run.params), run.tokenizer, benchmarks, step=run.step,
-        config_hash=run.config_hash, output_dir=Path(flags.workdir) / "eval", without_image=flags.without_image,
+        config_hash=run.config_hash, output_dir=to_path(flags.workdir) / "eval", without_image=flags.without_image,
     )  # fmt: skip
     print(format_table(results))
     if flags.rollout:
@@ -118,7 +120,7 @@ def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
             raise ValueError(
                 "--rollout: the run draws no images; it needs an objective with a visual loss and eval.rollout_source"
             )
-        _roll_out(run, Path(flags.workdir) / "eval")
+        _roll_out(run, to_path(flags.workdir) / "eval")
 
 
 def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -136,7 +138,7 @@ def _data_stats(flags: argparse.Namespace, overrides: list[str]) -> None:
         config = parse_config_flags(flags.config, overrides)
     else:
         step, totals = data_stats.last_totals(flags.workdir)
-        config = with_overrides(json.loads((Path(flags.workdir) / "config.json").read_text()), overrides)
+        config = with_overrides(json.loads(read_bytes(to_path(flags.workdir) / "config.json")), overrides)
     lengths, costs = data_stats.mixture_lengths(config)
     print(data_stats.format_lengths(lengths))
     if flags.workdir:
@@ -174,7 +176,7 @@ def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -
     params = _one_replicate(state.params, config, 0)
     run = Run(config, config_hash(config), step, params, tokenizer)
     results: dict[str, Any] = {}
-    folder = Path(workdir) / "eval"
+    folder = to_path(workdir) / "eval"
     if config.eval.benchmarks:
         results = evaluate(
             config, make_log_probs(config, params), tokenizer, config.eval.benchmarks, step=step,
@@ -186,7 +188,7 @@ def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -
     return results
 
 
-def _roll_out(run: "Run", folder: Path) -> dict[str, Any]:
+def _roll_out(run: "Run", folder: epath.Path) -> dict[str, Any]:
     """Rollout retrieval: measured, judged, written to `rollout-<step>.json` and printed."""
     config = run.config
     found = rollout_retrieval(config, run.params, run.tokenizer)
@@ -222,7 +224,7 @@ def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] =
         ValueError: the workdir is no run, has no valid checkpoint, the replicate does not exist, or the tokenizer at
             the configured path is not the one that it was trained with.
     """
-    if not (Path(workdir) / "checkpoints").is_dir():
+    if not list_folder(to_path(workdir) / "checkpoints"):
         raise ValueError(f"--workdir {workdir}: no run here (no checkpoints/); train first, or correct the path")
     wanted_step = None if step < 0 else step
     stored_step, _, metadata = restore_subtree(workdir, wanted_step, ["step"])

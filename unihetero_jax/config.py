@@ -217,6 +217,8 @@ class DataConfig:
         max_failed_share: share of a source's samples that may fail to read or decode before the run stops.
         planned_draws: draws at which a `weight_schedule` has run its course; 0 where no source has one.
         verify_digests: compare each shard file's content with its digest when it is read first; else sizes alone.
+        cache_dir: where record files of a bucket are copied to; empty: the system's temporary folder.
+        cache_gib: bound on those copies, of each process (no part of the stream).
     """
 
     sources: Mapping[str, SourceConfig]
@@ -233,6 +235,8 @@ class DataConfig:
     max_failed_share: float
     planned_draws: int = 0
     verify_digests: bool = True
+    cache_dir: str = ""
+    cache_gib: float = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -536,6 +540,7 @@ def _validate_data(config: Config) -> list[str]:
             f"model.decoder.max_grid {config.model.decoder.max_grid} must reach data.image_max_patches / 4 = "
             f"{data.image_max_patches // MERGED_PATCHES}: an image may be a strip one visual token high",
         ),
+        (data.cache_gib > 0, f"data.cache_gib {data.cache_gib} must be positive"),
         (0 <= data.max_failed_share <= 1, f"data.max_failed_share {data.max_failed_share} must lie in [0, 1]"),
     ]
     rules += [rule for name in data.sources for rule in _source_rules(config, name)]

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from unihetero_jax.data.mixture import make_schedule, open_split
 from unihetero_jax.data.records import FLAG_TOO_LONG
 from unihetero_jax.data.row_plan import plan_rows
 from unihetero_jax.data.tokenizer import load_tokenizer
+from unihetero_jax.storage import read_bytes, to_path
 
 SAMPLED_WINDOWS = 4
 """Windows of the mixture whose rows are planned to find a good `data.row_patches`."""
@@ -97,10 +97,11 @@ def last_totals(workdir: str) -> tuple[int, dict[str, int]]:
     Raises:
         ValueError: the folder is no run, or has no metric line yet.
     """
-    path = Path(workdir) / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"--workdir {workdir}: no metrics.jsonl; train first, or correct the path")
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+    try:
+        text = read_bytes(to_path(workdir) / "metrics.jsonl").decode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"--workdir {workdir}: no metrics.jsonl; train first, or correct the path") from None
+    for line in reversed(text.splitlines()):
         try:
             entry = json.loads(line)
             return int(entry["step"]), {name: int(value) for name, value in entry["totals"].items()}
@@ -136,7 +137,11 @@ def format_totals(totals: Mapping[str, int], lengths: Mapping[str, SourceLengths
     used = sum(totals.get(f"tokens/{name}", 0) for name in lengths)
     padding = totals.get("pad_tokens", 0)
     lines = [_table(header, rows), f"padding: {padding:,} token positions ({padding / max(used + padding, 1):.2%})"]
-    reasons = {key: value for key, value in totals.items() if key.startswith(("failed_reason/", "left_out/"))}
+    reasons = {
+        key: value
+        for key, value in totals.items()
+        if key.startswith(("failed_reason/", "left_out/", "storage_retries/"))
+    }
     return "\n".join([*lines, *(f"{key}: {value:,}" for key, value in sorted(reasons.items()))])
 
 

@@ -20,6 +20,7 @@ from unihetero_jax.config import COMPONENTS, Config, MeshConfig, config_hash, vi
 from unihetero_jax.model import unihetero
 from unihetero_jax.objectives import GRADIENT_TABLE, count_targets, reached
 from unihetero_jax.state import ema_components
+from unihetero_jax.storage import file_exists, read_bytes, to_path
 from unihetero_jax.workdir import write_atomically
 
 Norms = dict[str, dict[str, float]]
@@ -41,9 +42,9 @@ def prove(config: Config, loss_terms: Callable[..., LossOutput], workdir: epath.
     Raises:
         ValueError: a loss reaches a component that it must not, or misses one that it must train.
     """
-    path = epath.Path(workdir) / FILE_NAME
-    if path.exists():
-        proof = json.loads(path.read_text())
+    path = to_path(workdir) / FILE_NAME
+    if file_exists(path):
+        proof = json.loads(read_bytes(path))
         if proof["config_hash"] == config_hash(config):
             return proof["norms"]
     norms = measure(twin(config), loss_terms)

@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from unihetero_jax.storage import attempt, file_exists, is_local, list_folder, read_bytes
 from unihetero_jax.workdir import write_atomically
 
 MANIFEST = "manifest.json"
@@ -35,7 +36,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     Raises:
         ValueError: if it does not.
     """
-    data = (folder / MANIFEST).read_bytes()
+    data = read_bytes(folder / MANIFEST)
     try:
         content = json.loads(data)["content"]
         if _manifest_text(content).encode() == data:
@@ -49,7 +50,7 @@ def verify(folder: epath.Path) -> str | None:
     """What is wrong with the folder, naming a file, or None. Reads every byte of the files listed."""
     try:
         recorded = read_manifest(folder)["files"]
-        missing = [name for name in recorded if not (folder / name).is_file()]
+        missing = [name for name in recorded if not file_exists(folder / name)]
         if missing:
             return f"file {missing[0]} is missing"
         present = digest_files(folder, min(8, os.cpu_count() or 1), recorded)
@@ -75,7 +76,7 @@ def digest_files(
 def _walk(folder: epath.Path, ignored: Collection[str], prefix: str = "") -> list[str]:
     # epath refuses recursive patterns.
     found = []
-    for path in folder.iterdir():
+    for path in list_folder(folder):
         if path.is_dir():
             found += _walk(path, ignored, f"{prefix}{path.name}/")
         elif path.name not in ignored:
@@ -84,6 +85,10 @@ def _walk(folder: epath.Path, ignored: Collection[str], prefix: str = "") -> lis
 
 
 def _digest_file(path: epath.Path) -> dict[str, Any]:
+    return _read_and_digest(path) if is_local(path) else attempt(f"reading {path}", lambda: _read_and_digest(path))
+
+
+def _read_and_digest(path: epath.Path) -> dict[str, Any]:
     state, size = hashlib.blake2b(digest_size=16), 0
     with path.open("rb") as file:
         while chunk := file.read(_HASH_CHUNK_BYTES):

@@ -18,7 +18,8 @@ from clu import metrics as clu_metrics
 from etils import epath
 from tqdm import tqdm
 
-from unihetero_jax.workdir import is_local, write_atomically
+from unihetero_jax.storage import read_bytes, to_path
+from unihetero_jax.workdir import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 REPLACED_NAME = "metrics.replaced.jsonl"
@@ -34,18 +35,11 @@ class MetricsWriter:
     """Appends to `metrics.jsonl` and to TensorBoard files under `tensorboard/`. One process of a run makes it.
 
     Args:
-        workdir: folder of the run, local or mounted (a bucket cannot be appended to).
+        workdir: folder that can be appended to: `workdir.GrowingFiles` has one for a run in a bucket.
         report: receives messages for the user.
-
-    Raises:
-        ValueError: if `workdir` is in a bucket.
     """
 
     def __init__(self, workdir: epath.PathLike, report: Callable[[str], None] = print):
-        if not is_local(workdir):
-            raise ValueError(
-                f"--workdir {workdir}: metrics are appended line by line, which a bucket cannot do; use a mounted path"
-            )
         self._workdir = epath.Path(workdir)
         self._report = report
         self._file: Any = None
@@ -289,7 +283,7 @@ def keep_lines_up_to(path: epath.Path, step: int) -> None:
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` in order; a torn last line (the run is writing, or was killed) is left out."""
-    lines, _ = _complete_lines((epath.Path(workdir) / METRICS_NAME).read_text())
+    lines, _ = _complete_lines(read_bytes(to_path(workdir) / METRICS_NAME).decode())
     return [json.loads(line) for line in lines]
 
 

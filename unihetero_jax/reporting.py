@@ -12,8 +12,18 @@ from unihetero_jax import flops
 from unihetero_jax.arrays import StepMetrics
 from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.mixture import HostBatch
-from unihetero_jax.metrics import IntervalMetrics, MetricsWriter, Progress, StepTimer, announce, keep_lines_up_to
+from unihetero_jax.metrics import (
+    METRICS_NAME,
+    REPLACED_NAME,
+    IntervalMetrics,
+    MetricsWriter,
+    Progress,
+    StepTimer,
+    announce,
+    keep_lines_up_to,
+)
 from unihetero_jax.optim import learning_rate_schedule
+from unihetero_jax.workdir import GrowingFiles
 
 SKIPPED_BATCHES = "skipped_batches.jsonl"
 MIN_TARGET_WINDOW = 50
@@ -29,8 +39,9 @@ class Reporter:
     def __init__(self, config: Config, workdir: epath.Path, first_step: int, counters: Mapping[str, np.ndarray]):
         """`counters` are those of `get_state` at `first_step`; empty for a new run."""
         self._config = config
-        self._skipped_path = workdir / SKIPPED_BATCHES
-        self._writer = MetricsWriter(workdir, announce)
+        self._files = GrowingFiles(workdir, (METRICS_NAME, REPLACED_NAME, SKIPPED_BATCHES))
+        self._skipped_path = self._files.folder / SKIPPED_BATCHES
+        self._writer = MetricsWriter(self._files.folder, announce)
         self._writer.truncate_after(first_step)
         keep_lines_up_to(self._skipped_path, first_step)
         self._progress = Progress(config.train.num_steps, first_step)
@@ -94,9 +105,21 @@ class Reporter:
         if done % self._config.train.log_every_steps == 0 or done == self._config.train.num_steps or self._eval_loss:
             self._write_line(done, metrics)
 
+    def flush(self) -> None:
+        """Accounts for the step that was kept; then every line so far is where a restart finds it.
+
+        Raises:
+            ValueError: see `finish_pending`; or the workdir is in a bucket that cannot be written.
+        """
+        self.finish_pending()
+        self._writer.flush()
+        self._files.publish(wait=True)
+
     def close(self) -> None:
+        """Ends the line of progress, and copies what the workdir does not have yet."""
         self._progress.close()
         self._writer.close()
+        self._files.close()
 
     def _count(self, host_batch: HostBatch) -> None:
         for name, value in host_batch.counters.items():
@@ -135,6 +158,7 @@ class Reporter:
             line["eval_loss"], self._eval_loss = self._eval_loss, {}
         line["alarms"] = self._update_alarms(done, terms)
         self._writer.write(done, line)
+        self._files.publish()
         shown = {
             "loss": line["loss"],
             **{k: float(np.mean(v["mean"])) for k, v in terms.items() if k in ("text", "visual")},
@@ -187,13 +211,13 @@ class Reporter:
     def _record_skip(self, done: int, host_batch: HostBatch, metrics: StepMetrics) -> None:
         with self._skipped_path.open("a") as file:
             file.write(json.dumps({"step": done, "sample_ids": host_batch.sample_ids}) + "\n")
-        self._progress.print(f"step {done}: gradient not finite, step skipped; its samples are in {self._skipped_path}")
+        self._progress.print(f"step {done}: gradient not finite, step skipped; its samples are in {SKIPPED_BATCHES}")
         limit = self._config.train.max_consecutive_skips
         if np.max(metrics.consecutive_skips) >= limit:
             raise ValueError(
                 f"{limit} steps in a row had no finite gradient (train.max_consecutive_skips), the last one {done}; "
-                f"the last checkpoint is kept. See {self._skipped_path}; lower optimizer.learning_rate, or inspect "
-                "the samples"
+                f"the last checkpoint is kept. See {SKIPPED_BATCHES} in the workdir; lower optimizer.learning_rate, or "
+                "inspect the samples"
             )
 
 

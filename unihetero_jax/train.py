@@ -118,9 +118,9 @@ def _train_steps(
                 with reporter.timer.paused():
                     reporter.add_eval_loss(validate(state))
             if done % config.checkpoint.every_steps == 0:
-                reporter.finish_pending()  # a step that is saved has its line
+                reporter.flush()  # a step that is saved has its line
                 checkpointer.save(done, state, stream.get_state() | reporter.get_state())
-        reporter.finish_pending()
+        reporter.flush()
         if done:  # the last step, or the one that a signal stopped at; saved already, it is not saved again
             checkpointer.save(done, state, stream.get_state() | reporter.get_state(), wait=True)
     return done, state

@@ -4,23 +4,31 @@ A second run in the same folder would interleave metrics and overwrite checkpoin
 host, pid, start time and a heartbeat.
 """
 
+import concurrent.futures
 import contextlib
 import fcntl
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from etils import epath
+
+from unihetero_jax.storage import StorageError, download, is_local, read_bytes, to_path, upload, write_bytes
 
 LOCK_NAME = "lock.json"
 HEARTBEAT_INTERVAL_S = 30.0
 STALE_AFTER_S = 120.0
 """A lock whose heartbeat is older than this belongs to a run that is gone (four missed beats)."""
+
+PUBLISH_INTERVAL_S = 30.0
+"""How often growing files are copied to a bucket (our choice; each time they are copied whole)."""
 
 
 class WorkdirError(ValueError):
@@ -32,9 +40,9 @@ def write_atomically(path: epath.PathLike, text: str) -> None:
 
     Locally a temporary file is renamed over the target; in a bucket writing an object is atomic already.
     """
-    path = epath.Path(path)
+    path = to_path(path)
     if not is_local(path):
-        path.write_text(text)
+        write_bytes(path, text.encode())
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
@@ -48,26 +56,21 @@ def write_atomically(path: epath.PathLike, text: str) -> None:
         raise
 
 
-def is_local(path: epath.PathLike) -> bool:
-    """Whether the path is in a file system (mounted ones included) and not in a bucket such as gs://."""
-    return "://" not in os.fspath(path)
-
-
 def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
     """Makes the folder and proves by writing that it can be used, before any time goes into compiling or training.
 
     Raises:
         WorkdirError: if it cannot be created or written.
     """
-    workdir = epath.Path(workdir)
+    workdir = to_path(workdir)
     probe = workdir / f".write-test-{uuid.uuid4().hex}"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        probe.write_text("probe")
+        write_bytes(probe, b"probe")
         probe.unlink()
-    except OSError as error:
+    except (OSError, StorageError) as error:
         raise WorkdirError(
-            f"--workdir {workdir}: cannot write there ({error.strerror or error}); "
+            f"--workdir {workdir}: cannot write there ({getattr(error, 'strerror', None) or error}); "
             "choose another folder, or change its permissions or free space"
         ) from error
     return workdir
@@ -75,7 +78,66 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
 
 def write_config(workdir: epath.PathLike, config: Mapping[str, Any]) -> None:
     """Writes the resolved configuration (plain values of `config.to_dict`) to `config.json`."""
-    write_atomically(epath.Path(workdir) / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomically(to_path(workdir) / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+class GrowingFiles:
+    """The files of a run that grow line by line, in a folder where they can.
+
+    Objects of a bucket are written whole. So the files of a run in a bucket grow in a local folder, and a thread copies
+    those that have changed, at most every `PUBLISH_INTERVAL_S`. Before a checkpoint the loop waits for the copies, so
+    that a restart on another machine finds the lines of every step that was saved.
+
+    Attributes:
+        folder: where to append: the workdir itself, if it is in a file system.
+    """
+
+    def __init__(self, workdir: epath.PathLike, names: Iterable[str]):
+        """`names` are of files that a run may find and go on with. Raises StorageError if one cannot be fetched."""
+        self._workdir = to_path(workdir)
+        self.folder = self._workdir
+        self._published: dict[Path, tuple[int, int]] = {}
+        self._last = time.monotonic()
+        self._copying: concurrent.futures.Future[None] | None = None
+        if not is_local(self._workdir):
+            self._local = tempfile.TemporaryDirectory(prefix="unihetero-run-")
+            self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="publish")
+            self.folder = epath.Path(self._local.name)
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    download(self._workdir / name, Path(self.folder / name))
+
+    def publish(self, wait: bool = False) -> None:
+        """Copies what has changed to the bucket, if it is time to; with `wait` always, and returns when it is there.
+
+        Raises:
+            StorageError: with `wait`, if it could not be copied; without, the next call tries again.
+        """
+        if is_local(self._workdir):
+            return
+        is_running = self._copying is not None and not self._copying.done()
+        if wait or (not is_running and time.monotonic() - self._last >= PUBLISH_INTERVAL_S):
+            self._last = time.monotonic()
+            self._copying = self._pool.submit(self._copy_changed)
+            if wait:
+                self._copying.result()
+
+    def close(self) -> None:
+        """Copies what is left. Raises StorageError if that fails."""
+        if not is_local(self._workdir):
+            try:
+                self.publish(wait=True)
+            finally:
+                self._pool.shutdown()
+                self._local.cleanup()
+
+    def _copy_changed(self) -> None:
+        for path in sorted(path for path in Path(self.folder).rglob("*") if path.is_file()):
+            found = path.stat()
+            version = (found.st_size, found.st_mtime_ns)
+            if self._published.get(path) != version:
+                upload(path, self._workdir / path.relative_to(self.folder).as_posix())
+                self._published[path] = version
 
 
 class RunLock:
@@ -91,7 +153,7 @@ class RunLock:
     """
 
     def __init__(self, workdir: epath.PathLike, heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S):
-        self._path = epath.Path(workdir) / LOCK_NAME
+        self._path = to_path(workdir) / LOCK_NAME
         self._interval_s = heartbeat_interval_s
         self._record = {
             "host": socket.gethostname(),
@@ -171,7 +233,7 @@ class RunLock:
                         return
                     self._record["heartbeat"] = time.time()
                     write_atomically(self._path, json.dumps(self._record))
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 # One failed beat is no reason to stop; the limit is the point at which others may take over.
                 if time.time() - self._record["heartbeat"] > STALE_AFTER_S:
                     self._fault = (
@@ -193,12 +255,12 @@ def _guard(path: epath.Path) -> Iterator[None]:
 
 def _read_lock(path: epath.Path) -> dict[str, Any] | None:
     try:
-        text = path.read_text()
+        text = read_bytes(path)
     except FileNotFoundError:
         return None
     try:
         record = json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:
         record = None
     if isinstance(record, dict):
         return record

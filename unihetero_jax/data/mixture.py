@@ -30,7 +30,8 @@ from unihetero_jax.data.records import FLAG_TOO_LONG, ImageSpec, RecordError, co
 from unihetero_jax.data.roles import Role
 from unihetero_jax.data.row_plan import plan_rows
 from unihetero_jax.data.schedule import Member, MixtureSchedule, keyed_order, stable_key
-from unihetero_jax.data.sources import ShardError, Source, open_source
+from unihetero_jax.data.shards import ShardError, shared_readers
+from unihetero_jax.data.sources import Source, open_source
 from unihetero_jax.data.tokenizer import Tokenizer
 
 FAILED_MIN_SAMPLES = 1000
@@ -51,8 +52,11 @@ def open_split(config: Config, tokenizer: Tokenizer, name: str, split: str) -> S
     """The `train` or `val` split of a source of the configuration. Raises ValueError if it is not whole."""
     spec = image_spec(config)
     index = index_key(tokenizer.hash, spec)
-    path, verify = config.data.sources[name].path, config.data.verify_digests
-    return open_source(name, path, split, index, config.data.tokenizer, spec, verify)
+    data = config.data
+    readers = shared_readers(data.cache_dir, int(data.cache_gib * 2**30))
+    return open_source(
+        name, data.sources[name].path, split, index, data.tokenizer, spec, readers, data.verify_digests
+    )  # fmt: skip
 
 
 def make_schedule(
@@ -181,7 +185,8 @@ class HostBatch:
         arrays: the fields of `arrays.Batch`.
         counters: `samples/SOURCE`, `tokens/SOURCE`, `text_targets/SOURCE`, `visual_targets/SOURCE` (supervised text
             and visual tokens), `failed/SOURCE`, `dropped/SOURCE` (records that no row can hold), `pad_tokens`,
-            `pad_patches`, and where they occur `failed_reason/REASON`, `left_out/PART`.
+            `pad_patches`, and where they occur `failed_reason/REASON`, `left_out/PART`, `storage_retries/SOURCE`
+            (reads of a bucket that had to be repeated since the batch before).
         sample_ids: `SOURCE/RECORD` of every sample, row by row.
         failures: file, record number and reason of each sample that became padding.
     """
@@ -203,7 +208,6 @@ class _Draw:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    arrays: dict[str, np.ndarray]
     counters: collections.Counter
     sample_ids: list[str]
     failures: list[str]
@@ -218,8 +222,18 @@ class RowReader:
         self._spec = image_spec(config)
         self._source_ids = [list(config.data.sources).index(name) for name in self._names]
 
-    def read(self, draws: Sequence[_Draw]) -> _Row:
-        """A row of the given samples. One that cannot be read becomes padding of its planned size, in its place."""
+    def empty_rows(self, count: int) -> dict[str, np.ndarray]:
+        """Rows to read into."""
+        data = self._config.data
+        return packing.empty_rows(
+            count, data.row_tokens, data.row_patches, self._spec.patch_size, self._tokenizer.pad_id
+        )
+
+    def read(self, draws: Sequence[_Draw], arrays: dict[str, np.ndarray]) -> _Row:
+        """Fills an empty row with the given samples.
+
+        One that cannot be read becomes padding of its planned size, in its place.
+        """
         counters: collections.Counter = collections.Counter()
         samples, sample_ids, failures = [], [], []
         for draw in draws:
@@ -241,18 +255,11 @@ class RowReader:
                 counters[f"tokens/{name}"] += int(source.index[draw.record]["num_tokens"])
                 counters.update(f"left_out/{part}" for part in sample.left_out)
             samples.append(sample)
-        data = self._config.data
-        arrays = packing.assemble_row(
-            samples,
-            data.row_tokens,
-            data.row_patches,
-            self._spec.patch_size,
-            self._tokenizer.pad_id,
-        )
+        packing.fill_row(arrays, samples, self._spec.patch_size)
         counters.update(self._targets(arrays))
         counters["pad_tokens"] += int((arrays["segment_ids"] == 0).sum())
         counters["pad_patches"] += int((arrays["patch_segment_ids"] == 0).sum())
-        return _Row(arrays, counters, sample_ids, failures)
+        return _Row(counters, sample_ids, failures)
 
     def _targets(self, arrays: dict[str, np.ndarray]) -> dict[str, int]:
         """Supervised text tokens and visual tokens of a row, by source."""
@@ -275,9 +282,8 @@ class RowReader:
     def _sample(self, draw: _Draw) -> packing.PackedSample:
         name, source = self._names[draw.source_id], self._sources[draw.source_id]
         stored = source.read(draw.record)
-        augment, rng = "none", None
-        if self._augment:
-            augment = self._config.data.sources[name].augment
+        augment, rng = self._config.data.sources[name].augment, None
+        if self._augment and augment != "none":
             rng = np.random.default_rng(stable_key(self._config.data.seed, name, draw.epoch, draw.record, "augment"))
         sample = packing.sample_from_record(
             deserialize(stored),
@@ -374,6 +380,9 @@ class TrainIterator(grain.DatasetIterator):
         batch = future.result()
         self._pending.popleft()
         self._consumed, self._batch = position, self._batch + 1
+        for name, source in self._sources.items():
+            if retries := source.take_retries():
+                batch.counters[f"storage_retries/{name}"] = retries
         self._count_failures(batch)
         self._fill()
         return batch
@@ -461,10 +470,14 @@ class TrainIterator(grain.DatasetIterator):
             except ValueError as error:
                 self._end = error
                 return
-            futures = [self._reading.submit(self._reader.read, draws) for draws, _ in work]
+            arrays = self._reader.empty_rows(len(work))
+            futures = [
+                self._reading.submit(self._reader.read, draws, packing.row_of(arrays, number))
+                for number, (draws, _) in enumerate(work)
+            ]
             dropped = sum((counters for _, counters in work), collections.Counter())
             # Queued behind its rows in the same pool, so the rows it waits for have always begun.
-            batch = self._reading.submit(_join_rows, futures, list(self._config.data.sources), dropped)
+            batch = self._reading.submit(_join_rows, futures, arrays, list(self._config.data.sources), dropped)
             self._pending.append((batch, futures, self._ahead.copy()))
 
     def _next_rows(self) -> list[tuple[list[_Draw], collections.Counter]]:
@@ -504,8 +517,14 @@ class TrainIterator(grain.DatasetIterator):
 
     def _plan(self, shard: int, window: int) -> "concurrent.futures.Future[WindowPlan]":
         if (shard, window) not in self._plans:
-            self._plans[shard, window] = self._planning.submit(self._planner.plan, shard, window)
+            self._plans[shard, window] = self._planning.submit(self._plan_and_prefetch, shard, window)
         return self._plans[shard, window]
+
+    def _plan_and_prefetch(self, shard: int, window: int) -> WindowPlan:
+        plan = self._planner.plan(shard, window)
+        for number, source in enumerate(self._sources.values()):
+            source.prefetch(plan.records[plan.sources == number])
+        return plan
 
     def _count_dropped(self, dropped: collections.Counter, plan: WindowPlan) -> None:
         for name, count in zip(self._sources, plan.dropped.tolist(), strict=True):
@@ -529,7 +548,10 @@ class TrainIterator(grain.DatasetIterator):
 
 
 def _join_rows(
-    futures: Sequence["concurrent.futures.Future[_Row]"], names: Sequence[str], dropped: collections.Counter
+    futures: Sequence["concurrent.futures.Future[_Row]"],
+    arrays: dict[str, np.ndarray],
+    names: Sequence[str],
+    dropped: collections.Counter,
 ) -> HostBatch:
     rows = [future.result() for future in futures]
     counters = {f"{kind}/{name}": 0 for kind in COUNTERS for name in names}
@@ -537,7 +559,7 @@ def _join_rows(
         for key, count in part.items():
             counters[key] = counters.get(key, 0) + count
     return HostBatch(
-        packing.stack_rows([row.arrays for row in rows]),
+        arrays,
         counters,
         [sample_id for row in rows for sample_id in row.sample_ids],
         [failure for row in rows for failure in row.failures],
@@ -574,17 +596,15 @@ def validation_batches(config: Config, tokenizer: Tokenizer, source_name: str) -
     source = open_split(config, tokenizer, source_name, "val")
     try:
         reader = RowReader(config, tokenizer, {source_name: source}, augment=False)
-        empty = packing.empty_row(
-            config.data.row_tokens, config.data.row_patches, config.model.encoder.patch_size, tokenizer.pad_id
-        )
         rows = _validation_rows(config, source)
         if config.eval.validation_rows:
             rows = itertools.islice(rows, config.eval.validation_rows)
         while chosen := list(itertools.islice(rows, config.eval.batch_rows)):
-            read = [reader.read(draws) for draws in chosen]
-            for failure in (failure for row in read for failure in row.failures):
-                _log.warning("masked: %s", failure)
-            yield packing.stack_rows([row.arrays for row in read] + [empty] * (config.eval.batch_rows - len(read)))
+            arrays = reader.empty_rows(config.eval.batch_rows)
+            for number, draws in enumerate(chosen):
+                for failure in reader.read(draws, packing.row_of(arrays, number)).failures:
+                    _log.warning("masked: %s", failure)
+            yield arrays
     finally:
         source.close()
 

@@ -4,11 +4,12 @@ Nothing here reads files, and a row is a pure function of its samples. Which sam
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
+from PIL import Image
 
 from unihetero_jax.data import transforms
 from unihetero_jax.data.records import (
@@ -19,7 +20,7 @@ from unihetero_jax.data.records import (
     Record,
     RecordError,
     content_hash,
-    decode_image,
+    decode_to_pillow,
     serialize,
 )
 from unihetero_jax.data.roles import Role, in_order, is_pair
@@ -119,10 +120,12 @@ def sample_from_record(
         RecordError: an image does not decode or has another size than recorded, or a text is too long.
     """
     identity = content_hash(serialize(record)) if identity is None else identity
+    images: Sequence[np.ndarray | Image.Image]
     images = [_decoded(segment) for segment in record.segments if isinstance(segment, ImageSegment)]
     left_out: list[str] = []
     if augment_rng is not None:
-        record, images, left_out = transforms.augment_sample(augment, record, images, augment_rng, tokenizer.encode)
+        arrays = [np.asarray(image) for image in images]
+        record, images, left_out = transforms.augment_sample(augment, record, arrays, augment_rng, tokenizer.encode)
     if role.order != "stored" and not is_pair(record):
         left_out.append("order")
     record, next_image, text_loss = in_order(record, role.order), iter(images), role.text_loss == "stored"
@@ -147,15 +150,14 @@ def sample_from_record(
     return PackedSample(pieces, source_id, identity, tuple(left_out))
 
 
-def _decoded(segment: ImageSegment) -> np.ndarray:
-    pixels = decode_image(segment.data)
-    if pixels.shape[:2] != (segment.height, segment.width):
+def _decoded(segment: ImageSegment) -> Image.Image:
+    image = decode_to_pillow(segment.data)
+    if (image.height, image.width) != (segment.height, segment.width):
         raise RecordError(
             "size_mismatch",
-            f"image decodes to {pixels.shape[0]} x {pixels.shape[1]}, the record states "
-            f"{segment.height} x {segment.width}",
+            f"image decodes to {image.height} x {image.width}, the record states {segment.height} x {segment.width}",
         )
-    return pixels
+    return image
 
 
 def sample_cost(sample: PackedSample, patch_size: int) -> tuple[int, int]:
@@ -177,7 +179,14 @@ def assemble_row(
     patch_size: int,
     pad_id: int,
 ) -> dict[str, np.ndarray]:
-    """Lays samples out in a row, in the order given: the fields of `arrays.Batch` without the leading axis.
+    """Lays samples out in a row of their own: the fields of `arrays.Batch` without the leading axis; see `fill_row`."""
+    row = row_of(empty_rows(1, row_tokens, row_patches, patch_size, pad_id), 0)
+    fill_row(row, samples, patch_size)
+    return row
+
+
+def fill_row(row: dict[str, np.ndarray], samples: Sequence[PackedSample | Hole], patch_size: int) -> None:
+    """Lays samples out in an empty row, such as one of `empty_rows`, in the order given.
 
     The first token of a sample, and the first token of a branch that follows another branch, is no target whatever its
     piece says: the position before it is not in its context, so nothing could predict it.
@@ -185,7 +194,7 @@ def assemble_row(
     Raises:
         ValueError: the samples take more than the row has, or an image is not whole blocks right after a token.
     """
-    row = _empty_row(row_tokens, row_patches, patch_size, pad_id)
+    row_tokens, row_patches = len(row["tokens"]), len(row["patches"])
     token = patch = image = 0
     identities = []
     for number, sample in enumerate(samples, start=1):
@@ -205,8 +214,7 @@ def assemble_row(
         patch, image = _place_pieces(row, sample.pieces, token, patch, image, patch_size)
         identities.append(sample.identity)
         token = end
-    row["row_hash"] = _row_hash(identities, row)
-    return row
+    row["row_hash"][:] = _row_hash(identities, row)
 
 
 def _place_pieces(
@@ -222,12 +230,12 @@ def _place_pieces(
         if isinstance(piece, ImagePiece):
             if token == start or branch:
                 raise ValueError("an image must follow its <boi> token, in the prefix that all branches share")
-            patches, coords = transforms.patchify(piece.pixels, patch_size)
-            count, merged = len(patches), len(patches) // BLOCK
+            count = piece.pixels.size // (patch_size * patch_size * 3)
+            merged = count // BLOCK
+            _, coords = transforms.patchify(piece.pixels, patch_size, row["patches"][patch : patch + count])
             grid = coords[-1] + 1  # the last patch is the bottom right one
             image += 1
             row["boi_grid"][token - 1] = grid // MERGE_SIZE
-            row["patches"][patch : patch + count] = patches
             row["patch_coords"][patch : patch + count] = coords
             row["patch_grid"][patch : patch + count] = grid
             row["patch_segment_ids"][patch : patch + count] = image
@@ -253,33 +261,34 @@ def _place_pieces(
     return patch, image
 
 
-def _empty_row(row_tokens: int, row_patches: int, patch_size: int, pad_id: int) -> dict[str, np.ndarray]:
+def empty_rows(num_rows: int, row_tokens: int, row_patches: int, patch_size: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Rows of padding only, with the leading axis `B`; their `row_hash` is zero."""
     integers = ("positions", "segment_ids", "branch_ids", "source_ids", "visual_index")
     masks = ("text_loss_mask", "visual_mask", "visual_loss_mask")
     return {
-        "tokens": np.full(row_tokens, pad_id, np.int32),
-        **{name: np.zeros(row_tokens, np.int32) for name in integers},
-        **{name: np.zeros(row_tokens, bool) for name in masks},
-        "boi_grid": np.zeros((row_tokens, 2), np.int32),
-        "patches": np.zeros((row_patches, patch_size * patch_size * 3), np.uint8),
-        "patch_segment_ids": np.zeros(row_patches, np.int32),
-        "patch_coords": np.zeros((row_patches, 2), np.int32),
-        "patch_grid": np.zeros((row_patches, 2), np.int32),
-        "row_hash": np.zeros(2, np.uint32),
+        "tokens": np.full((num_rows, row_tokens), pad_id, np.int32),
+        **{name: np.zeros((num_rows, row_tokens), np.int32) for name in integers},
+        **{name: np.zeros((num_rows, row_tokens), bool) for name in masks},
+        "boi_grid": np.zeros((num_rows, row_tokens, 2), np.int32),
+        "patches": np.zeros((num_rows, row_patches, patch_size * patch_size * 3), np.uint8),
+        "patch_segment_ids": np.zeros((num_rows, row_patches), np.int32),
+        "patch_coords": np.zeros((num_rows, row_patches, 2), np.int32),
+        "patch_grid": np.zeros((num_rows, row_patches, 2), np.int32),
+        "row_hash": np.zeros((num_rows, 2), np.uint32),
     }
+
+
+def row_of(rows: dict[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
+    """A view of one row."""
+    return {name: array[number] for name, array in rows.items()}
 
 
 def _row_hash(identities: Sequence[int], row: dict[str, np.ndarray]) -> np.ndarray:
     """64 bits over who is in the row and what the model will see of it (so augmentation and tokenizer count too)."""
-    digest = hashlib.blake2b(np.asarray(identities, np.uint64).tobytes(), digest_size=8)
+    digest = xxhash.xxh3_64(np.asarray(identities, np.uint64).tobytes())
     for name in ("tokens", "segment_ids", "positions", "text_loss_mask", "visual_loss_mask", "patches"):
         digest.update(np.ascontiguousarray(row[name]).data)
-    return np.frombuffer(digest.digest(), "<u4").astype(np.uint32)
-
-
-def empty_row(row_tokens: int, row_patches: int, patch_size: int, pad_id: int) -> dict[str, np.ndarray]:
-    """A row of padding only; fills the last batch of a fixed plan. Its `row_hash` is zero."""
-    return _empty_row(row_tokens, row_patches, patch_size, pad_id)
+    return np.frombuffer(digest.digest(), ">u4").astype(np.uint32)
 
 
 def stack_rows(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:

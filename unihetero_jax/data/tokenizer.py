@@ -5,18 +5,25 @@ enter a row only where the packer puts them: the same characters in a *text* are
 caption can open an image or end a sample.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from etils import epath
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from unihetero_jax.storage import download, file_exists, is_local, read_bytes, to_path
 
 PAD, BOI, EOI, EOS = SPECIAL_TOKENS = ("<pad>", "<boi>", "<eoi>", "<eos>")
 MIN_TRAINED_VOCAB = 256 + len(SPECIAL_TOKENS)
 """All bytes and the special tokens: below this some text could not be encoded."""
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What transformers reads of a tokenizer's folder."""
 
 
 class Tokenizer:
@@ -62,8 +69,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         ValueError: the folder has no `tokenizer.json`, or it cannot be read.
     """
-    path = Path(folder) / "tokenizer.json"
-    if not path.is_file():
+    path = to_path(folder) / "tokenizer.json"
+    if not file_exists(path):
         raise ValueError(
             f"data.tokenizer: {path} does not exist; give a folder with a tokenizer.json (a Hugging Face tokenizer, "
             "or one that a preparation with --train-tokenizer wrote)"
@@ -71,13 +78,26 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     from transformers import PreTrainedTokenizerFast  # 1.6 s to import: only who needs a tokenizer pays
 
     try:
-        wrapped = PreTrainedTokenizerFast.from_pretrained(os.fspath(folder), local_files_only=True)
+        with _local_files(to_path(folder)) as local:
+            wrapped = PreTrainedTokenizerFast.from_pretrained(os.fspath(local), local_files_only=True)
     except Exception as error:  # the backend raises a bare Exception for a bad file
         raise ValueError(f"data.tokenizer: {path} is not a readable tokenizer: {error}") from error
     pad, eos = wrapped.pad_token or PAD, wrapped.eos_token or EOS
     if pad == eos:  # some models pad with their end token; padding must never be a target
         pad = PAD
-    return Tokenizer(wrapped.backend_tokenizer, str(pad), str(eos), _digest(path.read_bytes()))
+    return Tokenizer(wrapped.backend_tokenizer, str(pad), str(eos), _digest(read_bytes(path)))
+
+
+@contextlib.contextmanager
+def _local_files(folder: epath.Path) -> Iterator[Path]:
+    if is_local(folder):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="unihetero-") as copies:
+        for name in _FILES:
+            with contextlib.suppress(FileNotFoundError):
+                download(folder / name, Path(copies) / name)
+        yield Path(copies)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.PathLike[str]) -> Tokenizer:

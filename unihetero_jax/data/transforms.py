@@ -33,19 +33,22 @@ _VERTICAL = re.compile(
 )
 
 
-def resize_to_grid(pixels: np.ndarray, spec: ImageSpec) -> np.ndarray:
-    """Resizes `uint8[h, w, 3]` to `uint8[gh * patch, gw * patch, 3]`, (gh, gw) = `image_grid`, even numbers of patches.
+def resize_to_grid(image: np.ndarray | Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Resizes an image to `uint8[gh * patch, gw * patch, 3]`, (gh, gw) = `image_grid`, even numbers of patches.
 
     Bilinear with antialias, as SigLIP 2 NaFlex does (arXiv 2502.14786). An image that already fits is not touched.
+
+    Args:
+        image: `uint8[h, w, 3]`, or a Pillow image of mode RGB.
+        spec: patch size and bounds of the number of patches.
     """
-    grid_h, grid_w = image_grid(pixels.shape[0], pixels.shape[1], spec)
-    height, width = grid_h * spec.patch_size, grid_w * spec.patch_size
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    grid_h, grid_w = image_grid(image.height, image.width, spec)
+    size = (grid_w * spec.patch_size, grid_h * spec.patch_size)
+    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BILINEAR))
 
 
-def patchify(pixels: np.ndarray, patch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def patchify(pixels: np.ndarray, patch_size: int, out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Cuts an image into patches, block-major: the four patches of a 2x2 block adjacent, blocks in raster order.
 
     An image of 2 x 4 patches, numbered in the order of the result:
@@ -58,6 +61,7 @@ def patchify(pixels: np.ndarray, patch_size: int) -> tuple[np.ndarray, np.ndarra
     Args:
         pixels: `uint8[h, w, 3]`, both sides multiples of `2 * patch_size`.
         patch_size: side of a patch in pixels.
+        out: where the patches go, `uint8[n, patch_size * patch_size * 3]` and contiguous; a new array when not given.
 
     Returns:
         `uint8[n, patch_size * patch_size * 3]`, values of a patch in (y, x, channel) order, and `int32[n, 2]`, the
@@ -67,7 +71,9 @@ def patchify(pixels: np.ndarray, patch_size: int) -> tuple[np.ndarray, np.ndarra
     blocks = pixels.reshape(
         height // MERGE_SIZE, MERGE_SIZE, patch_size, width // MERGE_SIZE, MERGE_SIZE, patch_size, 3
     )
-    patches = blocks.transpose(0, 3, 1, 4, 2, 5, 6).reshape(height * width, patch_size * patch_size * 3)
+    blocks = blocks.transpose(0, 3, 1, 4, 2, 5, 6)
+    patches = np.empty((height * width, patch_size * patch_size * 3), np.uint8) if out is None else out
+    patches.reshape(blocks.shape)[:] = blocks
     y, x = np.divmod(np.arange(height * width, dtype=np.int32), width)
     coords = np.stack([y, x], axis=-1).reshape(height // MERGE_SIZE, MERGE_SIZE, width // MERGE_SIZE, MERGE_SIZE, 2)
     return patches, coords.transpose(0, 2, 1, 3, 4).reshape(height * width, 2)

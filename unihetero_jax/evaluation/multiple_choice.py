@@ -24,10 +24,10 @@ from unihetero_jax.data.packing import (
     PackedSample,
     Piece,
     TokenPiece,
-    assemble_row,
-    empty_row,
+    empty_rows,
+    fill_row,
     image_pieces,
-    stack_rows,
+    row_of,
 )
 from unihetero_jax.data.records import (
     MERGE_SIZE,
@@ -120,14 +120,12 @@ def score_items(
     row_shape = (data.row_tokens, data.row_patches, spec.patch_size, tokenizer.pad_id)
     batch_rows = config.eval.batch_rows
     for start in range(0, len(plan), batch_rows):
-        rows, members = [], []
-        for row in plan[start : start + batch_rows]:
+        batch, members = empty_rows(batch_rows, *row_shape), []
+        for number, row in enumerate(plan[start : start + batch_rows]):
             chosen = [parts[i] for i in row]
             samples = _row_samples(chosen, prompts, items, tokenizer, spec, unscored)
             members.append([part for part, _ in samples])
-            rows.append(assemble_row([sample for _, sample in samples], *row_shape))
-        rows.extend(empty_row(*row_shape) for _ in range(batch_rows - len(rows)))
-        batch = stack_rows(rows)
+            fill_row(row_of(batch, number), [sample for _, sample in samples], spec.patch_size)
         _add_up(sums, prompts, members, batch, _checked(log_probs(batch), batch["tokens"].shape))
         if on_progress:
             on_progress(min(start + batch_rows, len(plan)), len(plan))

@@ -6,13 +6,13 @@ transform, config hash and step.
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from unihetero_jax.config import Config
 from unihetero_jax.data.question_files import OPTION_LETTERS
@@ -27,6 +27,8 @@ from unihetero_jax.evaluation.scoring import (
     summarize_by_category,
     yes_no_metrics,
 )
+from unihetero_jax.storage import to_path
+from unihetero_jax.workdir import write_atomically
 
 RESULT_VERSION = 1
 SCORER_RULE = "likelihood, sum of log-probabilities of the option text"
@@ -73,7 +75,7 @@ def evaluate(
     *,
     step: int,
     config_hash: str,
-    output_dir: str | Path | None,
+    output_dir: epath.PathLike | None,
     without_image: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def evaluate(
         )
         results[name] = _result(name, benchmark, scores, blind, config) | {"config_hash": config_hash, "step": step}
         if output_dir is not None:
-            write_json(Path(output_dir) / f"{name}-{step}.json", results[name])
+            write_json(to_path(output_dir) / f"{name}-{step}.json", results[name])
     return results
 
 
@@ -160,15 +162,10 @@ def _result(
     }
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes through a neighbour and a rename, so that a reader never sees half a file."""
+def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
+    """Writes a result file at once, so that a reader never sees half of it; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 TABLE_COLUMNS = (
