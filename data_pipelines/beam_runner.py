@@ -3,8 +3,8 @@
     read files -> check -> keep one of each content -> group by shard -> write each shard -> index and manifest
 
 No worker holds more than one shard, so `--num-shards` bounds memory. The folder must be one that all workers and this
-process reach. A worker that is tried again writes the same bytes under the same name, and the folder gets its own name
-only when everything is there.
+process reach. A worker that is tried again writes the same bytes under the same name, and the folder gets its own name,
+or in a bucket its manifest, only when everything is there.
 """
 
 import dataclasses
@@ -17,11 +17,17 @@ from etils import epath
 from data_pipelines.entries import MAX_EXAMPLES, Dropped, Drops, Entry, best_of
 from data_pipelines.preparation import Preparation, Unit
 from data_pipelines.prepared import Folder
-from data_pipelines.writer import SPLITS, Shard, finish, new_folder, require_absent, shard_of, write_shard
-from unihetero_jax.storage import list_folder, read_bytes, to_path, write_bytes
-
-SHARD_RESULTS = "shard-results"
-"""Folder, removed at the end, in which workers leave what they wrote and dropped."""
+from data_pipelines.writer import (
+    SHARD_RESULTS,
+    SPLITS,
+    Shard,
+    finish,
+    new_folder,
+    require_absent,
+    shard_of,
+    write_shard,
+)
+from unihetero_jax.storage import list_folder, make_folder, read_bytes, remove_tree, to_path, write_bytes
 
 
 def run_on_beam(job: Preparation, output: Folder, runner: str, runner_flags: Sequence[str] = ()) -> dict[str, Any]:
@@ -38,7 +44,7 @@ def run_on_beam(job: Preparation, output: Folder, runner: str, runner_flags: Seq
     require_absent(output)
     with new_folder(output) as folder:
         results = to_path(folder) / SHARD_RESULTS
-        results.mkdir()
+        make_folder(results)
         options = PipelineOptions([f"--runner={runner}", *runner_flags])
         with beam.Pipeline(options=options) as pipeline:
             found = (
@@ -69,9 +75,9 @@ def run_on_beam(job: Preparation, output: Folder, runner: str, runner_flags: Seq
                 | "same reason" >> beam.GroupByKey()
                 | "count" >> beam.Map(_count, str(folder))
             )
-        manifest = finish(folder, _shards(results), _drops(results), job.about)
-        results.rmtree()
-        return manifest
+        shards, drops = list(_shards(results)), _drops(results)
+        remove_tree(results)
+        return finish(folder, shards, drops, job.about)
 
 
 def _read(numbered: tuple[int, Unit], job: Preparation) -> Iterator[Entry | Dropped]:

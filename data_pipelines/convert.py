@@ -8,7 +8,6 @@ python -m data_pipelines.convert text --input notes.txt --output=... --tokenizer
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from data_pipelines.beam_runner import run_on_beam
 from data_pipelines.entries import Filters, texts_of
@@ -19,7 +18,7 @@ from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
 from data_pipelines.writer import About, require_absent
 from unihetero_jax.data.records import index_key
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from unihetero_jax.storage import to_path
+from unihetero_jax.storage import to_local, to_path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +72,7 @@ def _preparation(flags: argparse.Namespace, output: Folder) -> Preparation:
     files, val_files = expand(flags.input, "--input"), expand(flags.val_input, "--val-input")
     read = LAYOUTS[flags.layout].reader(flags, source)
     if flags.train_tokenizer:
-        if (Path(flags.tokenizer) / "tokenizer.json").exists():
+        if (to_local(flags.tokenizer, "--train-tokenizer: --tokenizer") / "tokenizer.json").exists():
             raise ValueError(f"--train-tokenizer: {flags.tokenizer} has a tokenizer; leave the flag out to use it")
         tokenizer = train_tokenizer(texts_of(read(files)), flags.train_tokenizer, flags.tokenizer)
     else:

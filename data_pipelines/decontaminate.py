@@ -39,7 +39,7 @@ from data_pipelines.writer import (
     write_index,
     write_shard,
 )
-from unihetero_jax.storage import list_folder, local_copy, to_path
+from unihetero_jax.storage import StorageError, list_folder, local_copy, to_local, to_path
 
 REMOVED = tuple(reason for reason in REASONS if reason not in DOUBTFUL_REASONS)
 """What is removed by default."""
@@ -184,7 +184,7 @@ def _read_indices(path: Folder) -> dict[str, dict[str, np.ndarray]]:
     """Every index of lengths of a folder, by key and split."""
     counts = read_manifest(path)["num_records"]
     names = [file.name for file in list_folder(to_path(path) / "index")]
-    keys = [name.removesuffix(".train.npy") for name in names if name.endswith(".train.npy")]
+    keys = [name.removesuffix(".train.npy") for name in names if name.endswith(".train.npy") and name[0] != "."]
     if not keys:
         raise ValueError(f"{path} has no index of lengths; make one with python -m data_pipelines.index")
     indices = {}
@@ -194,6 +194,8 @@ def _read_indices(path: Folder) -> dict[str, dict[str, np.ndarray]]:
             try:
                 with local_copy(file) as copy:
                     rows = np.load(copy, allow_pickle=False)
+            except StorageError:
+                raise
             except (OSError, ValueError, EOFError) as error:
                 raise ValueError(f"{file} is no readable index ({error}); remove it, or make it again") from error
             if len(rows) != count:
@@ -245,6 +247,7 @@ def format_table(report: Mapping[str, Any]) -> str:
 
 def _decontaminate(flags: argparse.Namespace) -> None:
     limits = Limits(flags.distance, flags.max_difference, flags.ngram, flags.min_share, flags.max_repeats)
+    flags.folders = [to_path(folder) for folder in flags.folders]
     outputs = _check(flags)
     lookup = load_evaluation(flags.against, Path(flags.images) if flags.images else None, limits, not flags.texts_only)
     settings = dataclasses.asdict(limits) | {"removed": list(flags.remove)}
@@ -255,7 +258,7 @@ def _decontaminate(flags: argparse.Namespace) -> None:
         report["sources"][str(path)] = {split: summarize(scanned, lookup) for split, scanned in scans.items()}
         removed[path] = records_to_remove(scans["train"], lookup, flags.remove)
     if flags.report:
-        _write(Path(flags.report), report)
+        _write(to_local(flags.report, "--report"), report)
     print(format_table(report), flush=True)
     made_with = {"decontaminated": {"against": [path.name for path in flags.against]} | settings}
     for path, output in outputs.items():
@@ -302,7 +305,7 @@ def _write(path: Path, report: Mapping[str, Any]) -> None:
 def _parser() -> argparse.ArgumentParser:
     summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.decontaminate", description=summary)
-    parser.add_argument("folders", nargs="+", type=to_path, help="prepared folders")
+    parser.add_argument("folders", nargs="+", help="prepared folders, local or in a bucket")
     parser.add_argument("--against", nargs="+", type=Path, required=True, metavar="FILE",
                         help="questions files: MMBench TSV, SEED-Bench JSON, POPE JSON lines")  # fmt: skip
     parser.add_argument("--images", default="", help="folder or zip with their pictures; default: each file's folder")

@@ -15,13 +15,13 @@ from unihetero_jax.storage import to_path
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.index", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("folders", nargs="+", type=to_path, help="prepared folders, local or in a bucket")
+    parser.add_argument("folders", nargs="+", help="prepared folders, local or in a bucket")
     parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json")
     add_spec_flags(parser)
     flags = parser.parse_args(arguments)
     try:
         tokenizer, spec = load_tokenizer(flags.tokenizer), spec_from_flags(flags)
-        for folder in flags.folders:
+        for folder in map(to_path, flags.folders):
             print(f"{folder}: index {build_index(folder, tokenizer, spec)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from etils import epath
 
 from unihetero_jax.data import records
 from unihetero_jax.data.records import Record
-from unihetero_jax.storage import local_copy, read_bytes, to_path
+from unihetero_jax.storage import StorageError, local_copy, read_bytes, to_path
 
 Folder = Path | epath.Path
 """A folder, or a file in one: local, or in a bucket."""
@@ -44,6 +44,8 @@ def read_manifest(path: Folder) -> dict[str, Any]:
     """
     try:
         manifest = json.loads(read_bytes(to_path(path) / "manifest.json"))
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is missing or has no readable manifest.json ({error})") from error
     if not isinstance(manifest, dict):
@@ -112,6 +114,8 @@ def _opened(shard: Folder) -> Iterator[ArrayRecordDataSource]:
         try:
             file = opened.enter_context(local_copy(shard))
             reader = opened.enter_context(ArrayRecordDataSource([os.fspath(file)]))
+        except StorageError:
+            raise
         except _UNREADABLE as error:
             raise ValueError(f"{shard} is no readable ArrayRecord file ({error}); prepare the folder again") from error
         yield reader

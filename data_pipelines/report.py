@@ -38,7 +38,7 @@ from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, RecordEr
 from unihetero_jax.data.row_plan import plan_rows
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
-from unihetero_jax.storage import local_copy, to_path
+from unihetero_jax.storage import StorageError, local_copy, to_local, to_path
 
 ROW_CANDIDATES = 32
 """Records of each source from which rows are packed, one of which is drawn."""
@@ -103,6 +103,8 @@ def _read_index(path: Folder, tokenizer: Tokenizer, spec: ImageSpec) -> np.ndarr
     try:
         with local_copy(file) as copy:
             return np.load(copy, allow_pickle=False).astype(records.INDEX_DTYPE, copy=False)
+    except StorageError:
+        raise
     except (OSError, ValueError, EOFError, TypeError) as error:
         raise ValueError(
             f"{path} has no readable index of lengths for this tokenizer, --patch-size, --min-patches and "
@@ -186,12 +188,13 @@ def _report(flags: argparse.Namespace) -> None:
             "--row-tokens and --row-patches: give both, as data.row_tokens and data.row_patches, or neither"
         )
     tokenizer, spec = load_tokenizer(flags.tokenizer), spec_from_flags(flags)
-    short = [path.name for path in flags.folders]
-    names = [path.name if short.count(path.name) == 1 else str(path) for path in flags.folders]
+    folders = [to_path(folder) for folder in flags.folders]
+    short = [path.name for path in folders]
+    names = [path.name if short.count(path.name) == 1 else str(path) for path in folders]
     row_size = (flags.row_tokens, flags.row_patches) if flags.row_tokens > 0 else None
     sources = [
         report_source(path, name, tokenizer, spec, sample=flags.sample, num_shown=flags.shown, row_size=row_size)
-        for path, name in zip(flags.folders, names, strict=True)
+        for path, name in zip(folders, names, strict=True)
     ]
     facts = {
         "tokenizer": f"{flags.tokenizer} ({tokenizer.vocab_size:,} tokens)",
@@ -202,12 +205,10 @@ def _report(flags: argparse.Namespace) -> None:
     if row_size is not None:
         facts["row"] = f"{flags.row_tokens:,} token positions, {flags.row_patches:,} patches"
         candidates = [
-            (name, stored)
-            for path, name in zip(flags.folders, names, strict=True)
-            for stored in _first(path, ROW_CANDIDATES)
+            (name, stored) for path, name in zip(folders, names, strict=True) for stored in _first(path, ROW_CANDIDATES)
         ]
         row = draw_row(candidates, tokenizer, spec, *row_size)
-    _write(Path(flags.output), render_page(sources, facts, row))
+    _write(to_local(flags.output, "--output"), render_page(sources, facts, row))
     print(f"{flags.output}: {', '.join(names)}", flush=True)
 
 
@@ -225,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     summary = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m data_pipelines.report", description=summary)
-    parser.add_argument("folders", nargs="+", type=to_path, help="prepared folders")
+    parser.add_argument("folders", nargs="+", help="prepared folders, local or in a bucket")
     parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json")
     parser.add_argument("--output", required=True, help="HTML file to write")
     parser.add_argument("--sample", type=int, default=20_000, help="records of each split to look at; 0: all")

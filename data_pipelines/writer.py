@@ -15,6 +15,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 
 from data_pipelines.entries import Checker, Dropped, Drops, Entry, IndexRow, Samples, index_row
 from data_pipelines.prepared import Folder, read_manifest, read_stored
@@ -35,11 +37,17 @@ from unihetero_jax.storage import (
     list_folder,
     local_copy,
     local_target,
+    make_folder,
+    remove_tree,
     to_path,
     write_bytes,
 )
 
 SPLITS = ("train", "val")
+SHARD_RESULTS = "shard-results"
+"""Folder, removed at the end, in which workers of a cluster leave what they wrote and dropped."""
+_SHARD_NAME = re.compile(r"(train|val)-\d{5}-of-\d{5}\.array_record")
+_LEFT_FOLDERS = ("index", SHARD_RESULTS)
 
 
 class FolderExists(ValueError):
@@ -58,8 +66,7 @@ def new_folder(output: Folder) -> Iterator[Folder]:
     """
     require_absent(output)
     if not is_local(output):
-        if list_folder(to_path(output)):
-            to_path(output).rmtree()
+        _clear_leftovers(to_path(output))
         yield output
         return
     output = Path(output)
@@ -76,6 +83,19 @@ def new_folder(output: Folder) -> Iterator[Folder]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _clear_leftovers(output: epath.Path) -> None:
+    """Removes what a killed preparation left in a bucket, and nothing else.
+
+    Raises:
+        FolderExists: there is something that no preparation writes.
+    """
+    for path in (found := list_folder(output)):
+        if not (_SHARD_NAME.fullmatch(path.name) or path.name in _LEFT_FOLDERS):
+            raise FolderExists(f"{output} holds {path.name}, which no preparation wrote; name another folder")
+    if found:
+        remove_tree(output)
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
@@ -285,7 +305,7 @@ def read_records(path: Folder, split: str) -> list[Record]:
 
 def write_index(folder: Folder, key: str, split: str, rows: Sequence[IndexRow] | np.ndarray) -> None:
     """Writes the index of lengths of a split; any earlier one is replaced at once."""
-    (folder / "index").mkdir(exist_ok=True)
+    make_folder(to_path(folder) / "index")
     with local_target(folder / "index" / f"{key}.{split}.npy") as path:
         np.save(path, np.array(rows, records.INDEX_DTYPE))
 

@@ -5,12 +5,14 @@
 
 import collections
 import contextlib
+import http.server
 import logging
 import os
 import re
+import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,26 +35,31 @@ class Faults:
             flipped on the way).
         delay_s: before each answer.
         matching: part of the names of the objects concerned; empty: all.
+        everything: other requests fail likewise: listing, asking, writing, removing.
         reads: content reads so far, by object.
         failed: how many of them failed, by kind.
     """
 
     def __init__(self):
         self.every, self.kinds, self.delay_s, self.matching = 0, (FORBIDDEN, UNAVAILABLE, DAMAGED), 0.0, ""
+        self.everything = False
+        self._lock = threading.Lock()
         self.reads, self.failed, self._count = collections.Counter(), collections.Counter(), 0
 
-    def next(self, name: str) -> str:
-        """What is wrong with this read; empty: nothing."""
-        self.reads[name] += 1
-        time.sleep(self.delay_s)
-        if not self.every or self.matching not in name:
-            return ""
-        self._count += 1
-        if self._count % self.every:
-            return ""
-        kind = self.kinds[self._count // self.every % len(self.kinds)]
-        self.failed[kind] += 1
-        return kind
+    def next(self, name: str, is_read: bool) -> str:
+        """What is wrong with this request; empty: nothing."""
+        if is_read:
+            time.sleep(self.delay_s)
+        with self._lock:
+            self.reads[name] += is_read
+            if not self.every or self.matching not in name or not (is_read or self.everything):
+                return ""
+            self._count += 1
+            if self._count % self.every:
+                return ""
+            kind = self.kinds[self._count // self.every % len(self.kinds)]
+            self.failed[kind] += 1
+            return kind
 
 
 class Bucket:
@@ -76,6 +83,7 @@ def running_bucket() -> Iterator[Bucket]:
     bucket = Bucket()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulator, "RequestHandler", _handler(bucket))
+        patch.setattr(http.server, "HTTPServer", http.server.ThreadingHTTPServer)
         with emulator.create_server("127.0.0.1", 0, in_memory=True, default_bucket=NAME) as server:
             address = f"http://127.0.0.1:{server._api._httpd.server_address[1]}"
             for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
@@ -86,18 +94,14 @@ def running_bucket() -> Iterator[Bucket]:
 
 
 def _handler(bucket: Bucket) -> type:
+    answering = threading.Lock()  # the emulator's storage is not safe to share; waits may overlap
+
     class Handler(emulator.RequestHandler):
         def do_GET(self):
             read = re.search(r"/o/([^?]+)\?.*alt=media", self.path)
             name = urllib.parse.unquote(read[1]) if read else ""
-            kind = bucket.faults.next(name) if name else ""
             self._read_generation = self._generation(name)
-            with contextlib.suppress(ConnectionError):  # the client was killed
-                if kind in (FORBIDDEN, UNAVAILABLE):
-                    return self.send_error(403 if kind == FORBIDDEN else 503)
-                if kind == DAMAGED:
-                    self.wfile = _Flipping(self.wfile)
-                super().do_GET()
+            self._answer(super().do_GET, name or self.path, bool(read))
 
         def do_POST(self):
             query = urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query)
@@ -105,8 +109,21 @@ def _handler(bucket: Bucket) -> type:
             if wanted and wanted != (self._generation(query.get("name", [""])[0]) or "0"):
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 return self.send_error(412)
-            with contextlib.suppress(ConnectionError):
-                super().do_POST()
+            self._answer(super().do_POST, self.path, is_read=False)
+
+        def do_DELETE(self):
+            self._answer(super().do_DELETE, self.path, is_read=False)
+
+        def _answer(self, answer: Callable[[], None], name: str, is_read: bool):
+            kind = bucket.faults.next(name, is_read)
+            with contextlib.suppress(ConnectionError):  # the client was killed
+                if kind in (FORBIDDEN, UNAVAILABLE):
+                    self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                    return self.send_error(403 if kind == FORBIDDEN else 503)
+                if kind == DAMAGED:
+                    self.wfile = _Flipping(self.wfile)
+                with answering:
+                    answer()
 
         def _generation(self, name: str) -> str:
             try:

@@ -3,9 +3,11 @@
 import collections
 import json
 import signal
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -16,12 +18,13 @@ from tests.bucket_server import DAMAGED, FORBIDDEN, UNAVAILABLE, running_bucket
 from tests.fork_server import ForkServer
 from tests.test_mixture import WORDS, make_records, write_source
 from unihetero_jax import storage
-from unihetero_jax.checkpoint import list_steps
+from unihetero_jax.checkpoint import Checkpointer, list_steps
 from unihetero_jax.config import from_config_dict
 from unihetero_jax.data import shards
 from unihetero_jax.data.mixture import make_train_iterator
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from unihetero_jax.metrics import METRICS_NAME, REPLACED_NAME, read_metrics
+from unihetero_jax.workdir import GrowingFiles
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_FILES, NUM_BATCHES = 6, 30
@@ -100,7 +103,7 @@ def test_a_failing_store_gives_the_local_stream(bucket, local_sources, local_str
     bucket.faults.matching = "array_record"
     hashes, counters, state = stream_of(make_config(root, cache_gib=3 * 2**18 / 2**30))
     assert hashes == local_stream[0] and counters["failed/a"] == counters["failed/b"] == 0
-    assert sum(bucket.faults.failed.values()) >= 2
+    assert min(bucket.faults.failed[kind] for kind in (FORBIDDEN, DAMAGED)) >= 1
     assert counters["storage_retries/a"] + counters["storage_retries/b"] == sum(bucket.faults.failed.values())
     resumed, _, _ = stream_of(make_config(root), NUM_BATCHES - 10, state)
     assert resumed == local_stream[0][10:]
@@ -164,6 +167,58 @@ def test_a_store_that_stays_down_is_asked_five_times(bucket, local_sources):
     assert reads and reads[0] % storage.ATTEMPTS == 0  # each of those that wanted it, ahead or now
 
 
+def test_requests_of_every_kind_are_repeated(bucket):
+    """One of five fails, whatever it asks for."""
+    bucket.faults.every, bucket.faults.kinds, bucket.faults.everything = 5, (FORBIDDEN,), True
+    folder = bucket.root / "repeated"
+    for number in range(6):
+        storage.write_bytes(folder / "in" / f"{number}", bytes([number]))
+    assert [storage.read_bytes(path) for path in storage.list_folder(folder / "in")] == [bytes([n]) for n in range(6)]
+    assert storage.is_folder(folder / "in") and not storage.is_folder(folder / "in" / "1")
+    assert storage.size_of(folder / "in" / "1") == 1 and not storage.file_exists(folder / "in" / "7")
+    storage.remove(folder / "in" / "1")
+    storage.remove(folder / "in" / "1")
+    assert [path.name for path in storage.list_folder(folder / "in")] == ["0", "2", "3", "4", "5"]
+    storage.remove_tree(folder)
+    assert storage.list_folder(folder) == [] and bucket.faults.failed[FORBIDDEN] > 5
+
+
+def test_an_interrupt_is_not_repeated(bucket):
+    calls = []
+
+    def interrupted():
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        storage.attempt("reading x", interrupted)
+    assert len(calls) == 1
+
+
+def test_a_store_that_does_not_answer_makes_no_checkpoint_a_damaged_one(bucket, tiny_experiment):
+    workdir, config = "gs://bucket/unanswered", tiny_experiment()
+    state = {"params": {"a": np.arange(10.0)}}
+    checkpointer = Checkpointer(workdir, config)
+    for step in (1, 2):
+        checkpointer.save(step, state, {"position": np.zeros((4, 2), np.int64)}, wait=True)
+    bucket.faults.every, bucket.faults.kinds, bucket.faults.matching = 1, (FORBIDDEN,), "checkpoints/2/state/d/"
+    with pytest.raises(storage.StorageError, match=r"checkpoints/2/state/d/\S+ failed 5 times"):
+        checkpointer.restore(state)
+    bucket.faults.every = 0
+    assert list_steps(workdir) == [1, 2] and checkpointer.restore(state)[0] == 2
+    checkpointer.close()
+
+
+def test_metric_lines_of_a_run_that_ends_without_its_store_are_kept(bucket, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    told = []
+    files = GrowingFiles("gs://bucket/gone", ["metrics.jsonl"], told.append)
+    (files.folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    bucket.faults.every, bucket.faults.kinds, bucket.faults.everything = 1, (FORBIDDEN,), True
+    files.close()
+    assert str(files.folder) in told[0] and (files.folder / "metrics.jsonl").exists()
+
+
 def test_faulty_files_are_named(bucket, local_sources):
     root = bucket.copy_folder(local_sources, "faulty")
     shard = epath.Path(root) / "b" / f"train-00001-of-{NUM_FILES:05d}.array_record"
@@ -188,12 +243,12 @@ def test_unknown_stores_are_refused():
         storage.to_path("s3://x/y")
 
 
-def prepare(tmp_path, output, local_sources, monkeypatch=None, *extra):
+def prepare(tmp_path, output, local_sources):
     notes = tmp_path / "notes.jsonl"
     notes.write_text("".join(json.dumps({"text": f"note {i} of many"}) + "\n" for i in range(60)))
     return convert.main(
         ["jsonl", "--input", str(notes), f"--output={output}", f"--tokenizer={local_sources}/tokenizer",
-         "--source=notes", "--num-shards=3", *extra]
+         "--source=notes", "--num-shards=3"]
     )  # fmt: skip
 
 
@@ -213,6 +268,10 @@ def test_a_preparation_into_a_bucket(bucket, local_sources, tmp_path, capsys, mo
     capsys.readouterr()
     assert prepare(tmp_path, remote, local_sources) == 2
     assert "gs://bucket/notes exists; remove it" in capsys.readouterr().err
+    (bucket.root / "sets" / "thesis.txt").write_text("years of work")
+    assert prepare(tmp_path, bucket.root / "sets", local_sources) == 2
+    assert "gs://bucket/sets holds thesis.txt, which no preparation wrote" in capsys.readouterr().err
+    assert (bucket.root / "sets" / "thesis.txt").exists()
     assert index.main([str(remote), f"--tokenizer={local_sources}/tokenizer", "--patch-size=4"]) == 0
     assert len([path for path in (remote / "index").iterdir() if path.name.endswith(".train.npy")]) == 2
 

@@ -422,9 +422,16 @@ def test_bad_records_become_padding_in_place(tmp_path, tokenizer, tokenizer_fold
     assert any("train-00000-of-00002.array_record: record 4: not_a_record" in warning for warning in warnings)
 
 
-def test_damaged_block_of_a_file(tmp_path, tokenizer, tokenizer_folder):
+@pytest.mark.parametrize("counted", [True, False])
+def test_damaged_block_of_a_file(tmp_path, tokenizer, tokenizer_folder, counted):
+    """Also of a folder of version 0.1.0, whose manifest does not say how many records a file has."""
     write_source(tmp_path / "a", "a", tokenizer, {"train": make_records("a", 70)})
     write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 31)})
+    if not counted:
+        manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+        for entry in manifest["files"].values():
+            del entry["records"]
+        (tmp_path / "b" / "manifest.json").write_text(json.dumps(manifest))
     path = tmp_path / "b" / "train-00000-of-00002.array_record"
     content = bytearray(path.read_bytes())
     target = content.find(records.serialize(make_records("b", 3)[1])[-2000:-1000])  # inside the PNG, stored as it is

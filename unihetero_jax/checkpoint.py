@@ -36,7 +36,17 @@ from jax.experimental import multihost_utils
 from unihetero_jax import __version__
 from unihetero_jax.config import Config, config_hash, differences, to_dict
 from unihetero_jax.integrity import MANIFEST, digest_files, read_manifest, verify, write_manifest
-from unihetero_jax.storage import file_exists, is_local, list_folder, to_path
+from unihetero_jax.storage import (
+    StorageError,
+    file_exists,
+    is_folder,
+    is_local,
+    list_folder,
+    make_folder,
+    remove,
+    remove_tree,
+    to_path,
+)
 from unihetero_jax.workdir import write_atomically
 
 DAMAGED = "damaged.json"
@@ -233,9 +243,9 @@ class Checkpointer:
             if step not in keep:
                 # Without its manifest the step ceases to exist at once; a kill before the rest is gone leaves a
                 # leftover that the next start removes.
-                (self._root / str(step) / MANIFEST).unlink()
+                remove(self._root / str(step) / MANIFEST)
                 _kill_point("during_retention", newest)
-                (self._root / str(step)).rmtree()
+                remove_tree(self._root / str(step))
 
     def _clean_leftovers(self) -> None:
         """Removes what killed saves and removals left behind: Orbax's temporary folders and steps without a manifest.
@@ -243,7 +253,7 @@ class Checkpointer:
         If steps were completed but none has its manifest, something else went wrong: nothing is touched.
         """
         if jax.process_index() == 0:
-            self._root.mkdir(parents=True, exist_ok=True)
+            make_folder(self._root)
             complete = list_steps(self._root.parent)
             lost = not complete and file_exists(self._root / COMPLETED)
             for path in list_folder(self._root):
@@ -253,10 +263,10 @@ class Checkpointer:
                 )
                 if is_temporary or (is_incomplete and not lost):
                     self._report(f"removing {path}, the leftover of an unfinished save or removal")
-                    if path.is_dir():
-                        path.rmtree()
+                    if is_folder(path):
+                        remove_tree(path)
                     else:
-                        path.unlink()
+                        remove(path)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("unihetero_jax.checkpoint.clean_leftovers")
 
@@ -280,7 +290,7 @@ class Checkpointer:
     def _make_room(self, step: int) -> None:
         """Makes sure that nothing else lies where `step` will be written."""
         folder = self._root / str(step)
-        if not folder.exists():
+        if not list_folder(folder):
             return
         if step in list_steps(self._root.parent) and not self._own_steps:
             raise CheckpointError(
@@ -288,8 +298,8 @@ class Checkpointer:
             )
         if jax.process_index() == 0:
             self._report(f"replacing {folder}, which is damaged or of an abandoned continuation of this run")
-            (folder / MANIFEST).unlink(missing_ok=True)
-            folder.rmtree()
+            remove(folder / MANIFEST)
+            remove_tree(folder)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("unihetero_jax.checkpoint.make_room")
         self._manager.reload()
@@ -301,7 +311,7 @@ class Checkpointer:
             try:
                 found = _newest_valid(self._root, self._set_aside) if step is None else _named_step(self._root, step)
                 chosen = -1 if found is None else found
-            except CheckpointError as raised:
+            except (CheckpointError, StorageError) as raised:
                 chosen, error = -2, raised
         if jax.process_count() > 1:
             chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))

@@ -540,6 +540,8 @@ def _validate_data(config: Config) -> list[str]:
             f"model.decoder.max_grid {config.model.decoder.max_grid} must reach data.image_max_patches / 4 = "
             f"{data.image_max_patches // MERGED_PATCHES}: an image may be a strip one visual token high",
         ),
+        ("://" not in data.cache_dir, f"data.cache_dir {data.cache_dir} must be a local path"),
+        ("://" not in config.scene_world.path, f"scene_world.path {config.scene_world.path} must be a local path"),
         (data.cache_gib > 0, f"data.cache_gib {data.cache_gib} must be positive"),
         (0 <= data.max_failed_share <= 1, f"data.max_failed_share {data.max_failed_share} must lie in [0, 1]"),
     ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from unihetero_jax.storage import attempt, file_exists, is_local, list_folder, read_bytes
+from unihetero_jax.storage import StorageError, attempt, file_exists, is_folder, is_local, list_folder, read_bytes
 from unihetero_jax.workdir import write_atomically
 
 MANIFEST = "manifest.json"
@@ -47,13 +47,19 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def verify(folder: epath.Path) -> str | None:
-    """What is wrong with the folder, naming a file, or None. Reads every byte of the files listed."""
+    """What is wrong with the folder, naming a file, or None. Reads every byte of the files listed.
+
+    Raises:
+        StorageError: it is in a bucket that does not answer.
+    """
     try:
         recorded = read_manifest(folder)["files"]
         missing = [name for name in recorded if not file_exists(folder / name)]
         if missing:
             return f"file {missing[0]} is missing"
         present = digest_files(folder, min(8, os.cpu_count() or 1), recorded)
+    except StorageError:  # no answer says nothing of what is there
+        raise
     except (OSError, ValueError) as error:
         return str(error)
     for name, entry in recorded.items():
@@ -77,7 +83,7 @@ def _walk(folder: epath.Path, ignored: Collection[str], prefix: str = "") -> lis
     # epath refuses recursive patterns.
     found = []
     for path in list_folder(folder):
-        if path.is_dir():
+        if is_folder(path):
             found += _walk(path, ignored, f"{prefix}{path.name}/")
         elif path.name not in ignored:
             found.append(f"{prefix}{path.name}")

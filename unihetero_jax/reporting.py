@@ -39,7 +39,7 @@ class Reporter:
     def __init__(self, config: Config, workdir: epath.Path, first_step: int, counters: Mapping[str, np.ndarray]):
         """`counters` are those of `get_state` at `first_step`; empty for a new run."""
         self._config = config
-        self._files = GrowingFiles(workdir, (METRICS_NAME, REPLACED_NAME, SKIPPED_BATCHES))
+        self._files = GrowingFiles(workdir, (METRICS_NAME, REPLACED_NAME, SKIPPED_BATCHES), announce)
         self._skipped_path = self._files.folder / SKIPPED_BATCHES
         self._writer = MetricsWriter(self._files.folder, announce)
         self._writer.truncate_after(first_step)

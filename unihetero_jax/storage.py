@@ -1,11 +1,12 @@
 """Files that may be in a bucket: whole, listed as they are now, and tried again a bounded and counted number of times.
 
 A path with `://` is in a bucket and goes through `etils.epath` and fsspec; any other is in a file system. fsspec's
-stores and TensorStore repeat a failed request by themselves (gcsfs six times); what still fails comes back here.
+stores and TensorStore repeat a failed request by themselves (gcsfs tries six times); what still fails comes back here.
 """
 
 import collections
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -21,12 +22,15 @@ from etils import epath
 from fsspec.config import conf as fsspec_settings
 
 ATTEMPTS = 5
-"""How often a read or a write of a bucket is tried (our choice; the waits between grow to 8 s, a minute in all)."""
-DEFINITE = (FileNotFoundError, PermissionError, ImportError, NotImplementedError)
+"""How often a bucket is asked for the same thing (our choice)."""
+MAX_WAIT_S = 20
+"""Longest time that the waits between the attempts take together: 1, 2, 4 and 8 s, and up to 1 s more each."""
+DEFINITE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, NotImplementedError)
 """Answers of a store, not failures to answer: asking again gives the same."""
+_LOCAL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _CHUNK_BYTES = 1 << 20
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
-_wait = tenacity.wait_random_exponential(multiplier=0.2, max=8)
+_wait = tenacity.wait_exponential_jitter(initial=1, max=8, jitter=1)
 
 # A listing that fsspec remembers hides what TensorStore or another host has written since.
 for _protocol in ("gcs", "s3"):
@@ -81,6 +85,13 @@ def to_path(path: epath.PathLike) -> epath.Path:
     return epath.Path(text)
 
 
+def to_local(path: str, field: str) -> Path:
+    """The path of something that must be in a file system. Raises StorageError, naming `field`, if it is not."""
+    if not is_local(path):
+        raise StorageError(f"{field}: {path} must be a local path")
+    return Path(path)
+
+
 def attempt(what: str, action: Callable[[], Result], count: Callable[[], None] = lambda: None) -> Result:
     """Does something with a bucket, up to `ATTEMPTS` times.
 
@@ -91,71 +102,99 @@ def attempt(what: str, action: Callable[[], Result], count: Callable[[], None] =
 
     Raises:
         StorageError: the last attempt failed, too.
-        OSError: a definite answer (`DEFINITE`), at once.
+        OSError: a definite answer (`DEFINITE`), or the local disk is full, at once.
     """
     retrying = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(ATTEMPTS),
         wait=_wait,
-        # The stores' clients share no base class of their errors.
-        retry=tenacity.retry_if_not_exception_type((*DEFINITE, AssertionError)),
+        retry=tenacity.retry_if_exception(_may_pass),
         before_sleep=lambda _: count(),
         reraise=True,
     )
     try:
         return retrying(action)
-    except DEFINITE:
-        raise
     except Exception as error:
+        if not _may_pass(error):
+            raise
         raise StorageError(
             f"{what} failed {ATTEMPTS} times, at last with {type(error).__name__}: {error}; when the store answers "
             "again, run the same command to go on"
         ) from error
 
 
+def _may_pass(error: BaseException) -> bool:
+    """Whether another attempt may end otherwise. The stores' clients share no base class of their errors."""
+    is_of_disk = isinstance(error, OSError) and error.errno in _LOCAL_DISK
+    return isinstance(error, Exception) and not isinstance(error, DEFINITE) and not is_of_disk
+
+
+def _done(
+    path: epath.Path, what: str, action: Callable[[], Result], count: Callable[[], None] = lambda: None
+) -> Result:
+    """At once in a file system, by `attempt` in a bucket."""
+    return action() if is_local(path) else attempt(f"{what} {path}", action, count)
+
+
 def read_bytes(path: epath.Path, count: Callable[[], None] = lambda: None) -> bytes:
-    """The content of a file. Raises FileNotFoundError, or StorageError (see `attempt`)."""
-    if is_local(path):
-        return path.read_bytes()
-    return attempt(f"reading {path}", path.read_bytes, count)
+    """The content of a file. Raises FileNotFoundError; or StorageError, as all below (see `attempt`)."""
+    return _done(path, "reading", path.read_bytes, count)
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
-    """Writes a file; in a bucket at once. Its folder must exist. Raises StorageError (see `attempt`)."""
-    if is_local(path):
-        path.write_bytes(data)
-    else:
-        attempt(f"writing {path}", lambda: path.write_bytes(data))
+    """Writes a file; in a bucket at once. Its folder must exist."""
+    _done(path, "writing", lambda: path.write_bytes(data))
 
 
 def size_of(path: epath.Path, count: Callable[[], None] = lambda: None) -> int | None:
     """The size of a file in bytes, or None where there is none."""
     try:
-        return path.stat().length if is_local(path) else attempt(f"asking for {path}", path.stat, count).length
+        return _done(path, "asking for", path.stat, count).length
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def file_exists(path: epath.Path) -> bool:
-    """Whether there is a file. Unlike fsspec's own, it never takes a failure to answer for a no."""
+    """Whether there is a file. A failure to answer is none, neither yes nor no."""
     return size_of(path) is not None
+
+
+def is_folder(path: epath.Path) -> bool:
+    """Whether the path is a folder, as `file_exists`."""
+    try:
+        return _done(path, "asking for", path.stat).is_directory
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def list_folder(path: epath.Path) -> list[epath.Path]:
     """What is in a folder, sorted; nothing if there is none: an empty folder of a bucket does not exist."""
     try:
-        return sorted(path.iterdir())
+        return _done(path, "listing", lambda: sorted(path.iterdir()))
     except FileNotFoundError:
         return []
 
 
+def make_folder(path: epath.Path) -> None:
+    """Makes a folder and its parents, where folders are made."""
+    _done(path, "making", lambda: path.mkdir(parents=True, exist_ok=True))
+
+
+def remove(path: epath.Path) -> None:
+    """Removes a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        _done(path, "removing", path.unlink)
+
+
+def remove_tree(path: epath.Path) -> None:
+    """Removes a folder and what is in it, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        _done(path, "removing", path.rmtree)
+
+
 def upload(local: Path, target: epath.Path) -> None:
-    """Copies a local file to a bucket. Raises StorageError (see `attempt`)."""
-
-    def copy() -> None:
-        with local.open("rb") as source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
-
-    attempt(f"writing {target}", copy)
+    """Copies a local file to a bucket: as a whole, or an earlier one stays."""
+    store, name = fsspec.core.url_to_fs(os.fspath(target))
+    attempt(f"writing {target}", lambda: store.put_file(os.fspath(local), name))
 
 
 def download(source: epath.Path, target: Path, digest: str = "", count: Callable[[], None] = lambda: None) -> None:

@@ -14,13 +14,23 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from etils import epath
 
-from unihetero_jax.storage import StorageError, download, is_local, read_bytes, to_path, upload, write_bytes
+from unihetero_jax.storage import (
+    StorageError,
+    download,
+    is_local,
+    make_folder,
+    read_bytes,
+    remove,
+    to_path,
+    upload,
+    write_bytes,
+)
 
 LOCK_NAME = "lock.json"
 HEARTBEAT_INTERVAL_S = 30.0
@@ -28,7 +38,7 @@ STALE_AFTER_S = 120.0
 """A lock whose heartbeat is older than this belongs to a run that is gone (four missed beats)."""
 
 PUBLISH_INTERVAL_S = 30.0
-"""How often growing files are copied to a bucket (our choice; each time they are copied whole)."""
+"""Growing files are copied to a bucket at most so often (our choice; each time they are copied whole)."""
 
 
 class WorkdirError(ValueError):
@@ -65,9 +75,9 @@ def prepare_workdir(workdir: epath.PathLike) -> epath.Path:
     workdir = to_path(workdir)
     probe = workdir / f".write-test-{uuid.uuid4().hex}"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        make_folder(workdir)
         write_bytes(probe, b"probe")
-        probe.unlink()
+        remove(probe)
     except (OSError, StorageError) as error:
         raise WorkdirError(
             f"--workdir {workdir}: cannot write there ({getattr(error, 'strerror', None) or error}); "
@@ -92,17 +102,26 @@ class GrowingFiles:
         folder: where to append: the workdir itself, if it is in a file system.
     """
 
-    def __init__(self, workdir: epath.PathLike, names: Iterable[str]):
-        """`names` are of files that a run may find and go on with. Raises StorageError if one cannot be fetched."""
+    def __init__(self, workdir: epath.PathLike, names: Iterable[str], report: Callable[[str], None] = print):
+        """Fetches what a run may go on with.
+
+        Args:
+            workdir: folder of the run.
+            names: of files that may be there.
+            report: receives messages for the user.
+
+        Raises:
+            StorageError: a file cannot be fetched.
+        """
         self._workdir = to_path(workdir)
         self.folder = self._workdir
         self._published: dict[Path, tuple[int, int]] = {}
         self._last = time.monotonic()
         self._copying: concurrent.futures.Future[None] | None = None
         if not is_local(self._workdir):
-            self._local = tempfile.TemporaryDirectory(prefix="unihetero-run-")
+            self._report = report
             self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="publish")
-            self.folder = epath.Path(self._local.name)
+            self.folder = epath.Path(tempfile.mkdtemp(prefix="unihetero-run-"))
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
                     download(self._workdir / name, Path(self.folder / name))
@@ -123,13 +142,16 @@ class GrowingFiles:
                 self._copying.result()
 
     def close(self) -> None:
-        """Copies what is left. Raises StorageError if that fails."""
-        if not is_local(self._workdir):
-            try:
-                self.publish(wait=True)
-            finally:
-                self._pool.shutdown()
-                self._local.cleanup()
+        """Copies what is left; if that fails, says where it is."""
+        if is_local(self._workdir):
+            return
+        try:
+            self.publish(wait=True)
+            self.folder.rmtree()
+        except StorageError as error:  # raised here, it would hide why the run ended
+            self._report(f"the last metric lines are in {self.folder} and not in {self._workdir}: {error}")
+        finally:
+            self._pool.shutdown()
 
     def _copy_changed(self) -> None:
         for path in sorted(path for path in Path(self.folder).rglob("*") if path.is_file()):
@@ -201,7 +223,7 @@ class RunLock:
             self._thread.join()
         with _guard(self._path):
             if self._owner_token() == self._record["token"]:
-                self._path.unlink(missing_ok=True)
+                remove(self._path)
 
     def __enter__(self) -> Self:
         return self.acquire()

@@ -69,6 +69,7 @@ class ShardReaders:
         self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._staged: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._pinned: collections.Counter[str] = collections.Counter()
+        self._ahead: dict[str, tuple[concurrent.futures.Future[None], int]] = {}
         self._staging = concurrent.futures.ThreadPoolExecutor(_STAGING_THREADS, thread_name_prefix="stage")
 
     def open(self, shard: Shard, verify: bool) -> Any:
@@ -83,7 +84,7 @@ class ShardReaders:
         """
         with self._room:
             reader = self._readers.get(shard.path)
-            if reader is not None:
+            if reader is not None and (not verify or not is_local(shard.path) or shard.path in self._verified):
                 self._readers.move_to_end(shard.path)
                 if shard.path in self._staged:
                     self._staged.move_to_end(shard.path)
@@ -97,16 +98,23 @@ class ShardReaders:
         return reader
 
     def prefetch(self, shard: Shard) -> None:
-        """Begins to copy a file of a bucket that will be read soon. If that fails, `open` says so."""
+        """Begins to copy a file of a bucket that will be read soon, if there is room for it beside the others ahead.
+
+        If that fails, `open` says so.
+        """
         with self._room:
-            is_wanted = not is_local(shard.path) and shard.path not in self._staged
-        if is_wanted:
-            self._staging.submit(self._prefetch, shard)
+            if is_local(shard.path) or shard.path in self._staged or shard.path in self._ahead:
+                return
+            if sum(num_bytes for _, num_bytes in self._ahead.values()) + shard.num_bytes <= self._max_bytes // 2:
+                self._ahead[shard.path] = (self._staging.submit(self._prefetch, shard), shard.num_bytes)
 
     def close(self, shard: Shard) -> None:
-        """Closes a file; its copy stays until its room is needed."""
+        """Closes a file, and does not copy it any more; a copy stays until its room is needed."""
         with self._room:
             self._readers.pop(shard.path, None)
+            future, _ = self._ahead.get(shard.path, (None, 0))
+            if future is not None and future.cancel():
+                del self._ahead[shard.path]
 
     def stage_for_good(self, path: str, field: str) -> Path:
         """A local file, or a copy apart from the bounded ones of a file that is needed all the time, such as an index.
@@ -146,22 +154,29 @@ class ShardReaders:
         target = self._copy_of(shard.path)
         with self._lock_of(shard.path):
             with self._room:
-                if shard.path in self._staged:
+                if shard.path in self._staged and target.exists():  # who cleans temporary folders may have taken it
                     self._staged.move_to_end(shard.path)
                     return target
+                self._staged.pop(shard.path, None)
                 self._make_room(shard)
             try:
                 download(to_path(shard.path), target, shard.digest, lambda: self.retries.add(shard.field))
-            except (OSError, StorageError) as error:
+            except BaseException as error:
                 with self._room:
                     del self._staged[shard.path]
                     self._room.notify_all()
-                raise ShardError(f"{shard.field}: {error}") from error
+                if isinstance(error, OSError | StorageError):
+                    raise ShardError(f"{shard.field}: {error}") from error
+                raise
         return target
 
     def _prefetch(self, shard: Shard) -> None:
-        with contextlib.suppress(ShardError), self._local_file(shard, verify=True):
-            pass
+        try:
+            with contextlib.suppress(ShardError), self._local_file(shard, verify=True):
+                pass
+        finally:
+            with self._room:
+                self._ahead.pop(shard.path, None)
 
     def _make_room(self, shard: Shard) -> None:
         """Takes a place among the copies; those used least recently go, and it waits for those being opened."""
@@ -177,7 +192,7 @@ class ShardReaders:
             else:
                 del self._staged[oldest]
                 self._readers.pop(oldest, None)
-                self._copy_of(oldest).unlink()
+                self._copy_of(oldest).unlink(missing_ok=True)
         self._staged[shard.path] = shard.num_bytes
 
     def _lock_of(self, path: str) -> threading.Lock:

@@ -129,8 +129,7 @@ def open_source(
                 "check what the preparation dropped, or remove the source"
             )
         shards = tuple(
-            Shard(field, os.fspath(folder / file), int(entry["bytes"]), str(entry["digest"]))
-            for file, entry in files.items()
+            Shard(field, os.fspath(folder / file), entry["bytes"], entry["digest"]) for file, entry in files.items()
         )
         _check_sizes(shards, readers)
         ends = _ends(shards, files.values(), readers)
@@ -176,12 +175,11 @@ def _declared(field: str, folder: epath.Path, manifest: dict[str, Any], split: s
     """How many records a split has, and what the manifest says of each of its files, in record order."""
     try:
         files = {
-            file: entry
+            file: {name: str(value) if name == "digest" else int(value) for name, value in entry.items()}
             for file, entry in sorted(manifest["files"].items())
-            if file.startswith(f"{split}-")
-            and file.endswith(".array_record")
-            and (int(entry["bytes"]), entry["digest"])
+            if file.startswith(f"{split}-") and file.endswith(".array_record")
         }
+        _ = [(entry["bytes"], entry["digest"]) for entry in files.values()]
         return int(manifest["num_records"].get(split, 0)), files
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -217,7 +215,7 @@ def _check_sizes(shards: Sequence[Shard], readers: ShardReaders) -> None:
 def _ends(shards: Sequence[Shard], entries: Iterable[Mapping[str, Any]], readers: ShardReaders) -> tuple[int, ...]:
     """Number of records up to and including each file; a manifest of version 0.1.0 makes it open them all."""
     counts = (
-        int(entry["records"]) if "records" in entry else len(readers.open(shard, verify=False))
+        entry["records"] if "records" in entry else len(readers.open(shard, verify=False))
         for shard, entry in zip(shards, entries, strict=True)
     )
     return tuple(itertools.accumulate(counts))
