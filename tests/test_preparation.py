@@ -7,11 +7,13 @@ import random
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from data_pipelines import convert
 from data_pipelines.entries import Checker, Dropped, Drops, Filters, best_of, without_duplicates
 from data_pipelines.writer import read_records
+from tests.bucket_server import running_bucket
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -46,7 +48,15 @@ def prepare(raw, tokenizer_folder, output, *flags):
     arguments = ["jsonl", "--input", str(raw / "*.jsonl"), f"--output={output}", f"--tokenizer={tokenizer_folder}",
                  "--source=lines", "--num-shards=3", "--val-share=0.1", *flags]  # fmt: skip
     assert convert.main(arguments) == 0
-    return {path.relative_to(output).as_posix(): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    return dict(files_of(epath.Path(output)))
+
+
+def files_of(folder, prefix=""):
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from files_of(path, f"{prefix}{path.name}/")
+        else:
+            yield f"{prefix}{path.name}", path.read_bytes()
 
 
 def test_workers_change_nothing(raw, tokenizer_folder, tmp_path):
@@ -65,6 +75,8 @@ def test_beam_makes_the_same_files(raw, tokenizer_folder, tmp_path):
     several = prepare(raw, tokenizer_folder, tmp_path / "several", "--runner=DirectRunner", "--",
                       "--direct_num_workers=2", "--direct_running_mode=multi_threading")  # fmt: skip
     assert several == one
+    with running_bucket() as bucket:
+        assert prepare(raw, tokenizer_folder, bucket.root / "lines", "--runner=DirectRunner") == one
 
 
 def test_beam_is_asked_for_by_name_when_it_is_missing(raw, tokenizer_folder, tmp_path, capsys, monkeypatch):
