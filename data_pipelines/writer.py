@@ -27,6 +27,7 @@ from etils import epath
 
 from data_pipelines.entries import Checker, Dropped, Drops, Entry, IndexRow, Samples, index_row
 from data_pipelines.prepared import Folder, read_manifest, read_stored
+from unihetero_jax import __version__
 from unihetero_jax.data import records
 from unihetero_jax.data.records import ImageSpec, Record
 from unihetero_jax.data.tokenizer import Tokenizer
@@ -244,6 +245,7 @@ def finish(folder: Folder, shards: Iterable[Shard], drops: Drops, about: About) 
         write_index(folder, about.index_key, split, rows)
     manifest = {
         "record_version": records.RECORD_VERSION,
+        "program_version": __version__,
         "source": about.source,
         "licence": about.licence,
         "num_records": num_records,

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines import convert
-from experiments import base
+from experiments import base, pretrain_200m
 from experiments.mixtures import public_200m
 from experiments.mixtures.public_200m import SOURCES
 from unihetero_jax.config import from_config_dict
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment, record_cost
+from unihetero_jax.flops import parameter_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {
@@ -78,6 +79,19 @@ def test_a_small_count_is_rounded_and_never_zero():
     tiny = dataclasses.replace(SOURCES[0], count=1499)
     assert [public_200m.scaled_count(tiny, scale) for scale in ("1", "10", "1000")] == [1499, 150, 1]
     assert public_200m.scaled_count(dataclasses.replace(tiny, count=3), "1000") == 1
+
+
+def test_the_pretraining_takes_a_pass_of_each_scale():
+    steps = {}
+    for scale in public_200m.SCALES:
+        config = from_config_dict(pretrain_200m.get_config(scale))
+        assert config.data.sources["coyo"].path == public_200m.sources(scale)["coyo"]["path"]
+        steps[scale] = config.train.num_steps
+    assert steps["1"] / steps["10"] == pytest.approx(10, rel=1e-3)
+    assert steps["1"] / steps["1000"] == pytest.approx(1000, rel=1e-2)
+    assert 400e6 < parameter_counts(config.model, config.objective)["total"] < 600e6
+    with pytest.raises(ValueError, match="scale '7'"):
+        pretrain_200m.get_config("7")
 
 
 def test_an_experiment_takes_the_sources():

@@ -1,0 +1,59 @@
+"""Does predicting the next visual embedding help a half-billion model understand, on 200M heterogeneous samples?
+
+Command: prepare the folders (`python -m experiments.mixtures.public_200m --commands`), then on a slice, for each of the
+objectives `semantic_input` and `understanding`:
+`python -m unihetero_jax train --config=experiments/pretrain_200m.py --config.objective=OBJECTIVE --workdir=gs://...`.
+`pretrain_200m.py:10` and `:1000` take the twins of a tenth and a thousandth, one pass each.
+Expected: the paper (arXiv 2512.23512, more than 200M samples) finds that it helps, arXiv 2608.12209 that it hurts. Ours
+has not been run: this is the recipe as a configuration, sized for 64 chips.
+
+The encoder has the shape of SigLIP 2 base, the decoder that of Qwen2.5 0.5B, so that their weights fit; both start at
+random. A pass is planned from the recipe's estimates: set `train.num_steps`, `data.row_patches` by `data-stats` once
+the folders are there.
+"""
+
+import math
+
+from ml_collections import ConfigDict
+
+from experiments import base
+from experiments.mixtures import public_200m
+
+ROW_TOKENS, BATCH_ROWS = 4096, 256
+SPARE_PATCHES = 1.03
+"""Patches of a row over the mean of the mixture: `data-stats` finds that rows then fill their tokens."""
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The run on the mixture; `arg` is its scale: 1 (also when empty), 10 or 1000."""
+    scale = arg or "1"
+    config = base.get_config()
+    config.model.encoder.update(
+        num_layers=12, dim=768, num_heads=12, mlp_dim=3072, patch_size=16, position_grid=16, remat="full"
+    )
+    config.model.projector.hidden_dim = 3072
+    config.model.decoder.update(
+        num_layers=24, dim=896, num_heads=14, num_kv_heads=2, head_dim=64, mlp_dim=4864, vocab_size=65_536,
+        rope_theta=1e6, qk_norm=False, qkv_bias=True, max_grid=256, remat="full",
+    )  # fmt: skip
+    config.model.semantic_head.hidden_dim = 1792
+    config.model.compute_dtype = "bfloat16"
+    config.data.sources = ConfigDict(public_200m.sources(scale))
+    config.data.tokenizer = public_200m.TOKENIZER
+    config.data.image_min_patches, config.data.image_max_patches = 64, 1024
+    cost = public_200m.total([public_200m.cost_of(source, scale) for source in public_200m.SOURCES])
+    config.data.row_tokens = ROW_TOKENS
+    config.data.row_patches = math.ceil(ROW_TOKENS * 4 * cost.visual / cost.positions * SPARE_PATCHES / 64) * 64
+    config.data.num_data_shards, config.data.window_size = 64, 8192
+    config.data.num_threads, config.data.prefetch_batches = 32, 4
+    config.train.num_steps = public_200m.num_steps(cost.positions, ROW_TOKENS, BATCH_ROWS)
+    config.train.global_batch_rows = BATCH_ROWS
+    config.train.log_every_steps, config.train.eval_every_steps = 100, 5000
+    config.optimizer.update(learning_rate=5e-4, warmup_steps=2000, beta2=0.95)
+    config.loss.visual_ramp_steps = 4000  # as arXiv 2608.12209
+    config.loss.ema_decay = 0.999
+    config.loss.text_chunk = 4096
+    config.checkpoint.update(every_steps=1000, keep_every_steps=20_000)
+    config.mesh.update(data=8, fsdp=8)
+    config.eval.batch_rows, config.eval.validation_rows = BATCH_ROWS, BATCH_ROWS
+    return config
