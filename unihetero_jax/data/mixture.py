@@ -470,15 +470,20 @@ class TrainIterator(grain.DatasetIterator):
             except ValueError as error:
                 self._end = error
                 return
-            arrays = self._reader.empty_rows(len(work))
+            arrays, draws = self._reader.empty_rows(len(work)), [draws for draws, _ in work]
+            # One task for each thread, not for each row: every task that is handed over costs this thread a turn.
+            size = -(-len(draws) // self._config.data.num_threads)
             futures = [
-                self._reading.submit(self._reader.read, draws, packing.row_of(arrays, number))
-                for number, (draws, _) in enumerate(work)
+                self._reading.submit(self._read_rows, draws[first : first + size], arrays, first)
+                for first in range(0, len(draws), size)
             ]
             dropped = sum((counters for _, counters in work), collections.Counter())
             # Queued behind its rows in the same pool, so the rows it waits for have always begun.
             batch = self._reading.submit(_join_rows, futures, arrays, list(self._config.data.sources), dropped)
             self._pending.append((batch, futures, self._ahead.copy()))
+
+    def _read_rows(self, draws: Sequence[list[_Draw]], arrays: dict[str, np.ndarray], first: int) -> list[_Row]:
+        return [self._reader.read(row, packing.row_of(arrays, first + number)) for number, row in enumerate(draws)]
 
     def _next_rows(self) -> list[tuple[list[_Draw], collections.Counter]]:
         """Moves `_ahead` by one batch; the samples of each of this process's rows, and what was dropped before it."""
@@ -548,12 +553,12 @@ class TrainIterator(grain.DatasetIterator):
 
 
 def _join_rows(
-    futures: Sequence["concurrent.futures.Future[_Row]"],
+    futures: Sequence["concurrent.futures.Future[list[_Row]]"],
     arrays: dict[str, np.ndarray],
     names: Sequence[str],
     dropped: collections.Counter,
 ) -> HostBatch:
-    rows = [future.result() for future in futures]
+    rows = [row for future in futures for row in future.result()]
     counters = {f"{kind}/{name}": 0 for kind in COUNTERS for name in names}
     for part in (*(row.counters for row in rows), dropped):
         for key, count in part.items():
