@@ -173,6 +173,58 @@ def test_any_flipped_bit_is_found_and_the_previous_step_used(copied, seed):
     checkpointer.close()
 
 
+def corrupted(data, chance):
+    """The bytes after a fault of storage: a flipped bit, a block of zeros or of noise, or a cut."""
+    place, changed = chance.randrange(len(data)), bytearray(data)
+    match chance.choice(("flip", "zeros", "noise", "cut")):
+        case "flip":
+            changed[place] ^= 1 << chance.randrange(8)
+        case "zeros":
+            changed[place : place + 4096] = bytes(len(data[place : place + 4096]))
+        case "noise":
+            changed[place : place + 512] = chance.randbytes(len(data[place : place + 512]))
+        case "cut":
+            del changed[place:]
+    return bytes(changed)
+
+
+@pytest.mark.slow
+def test_no_corruption_of_500_is_restored_silently(tmp_path):
+    """8 MB of parameters; the faults are spread over the bytes of all files, small files included."""
+    checkpointer = Checkpointer(tmp_path, make_config())
+    states = {step: {"params": {"w": jnp.asarray(np.random.default_rng(step).normal(size=2_000_000), jnp.float32)}}
+              for step in (100, 200)}  # fmt: skip
+    for step, state in states.items():
+        checkpointer.save(step, state, position_of(step), wait=True)
+    checkpointer.close()
+    folder, chance, num_faults = tmp_path / "checkpoints" / "200", random.Random(0), 0
+    paths = [path for path in files_of(folder) if path.stat().st_size]
+    sizes = [path.stat().st_size for path in paths]
+    while num_faults < 500:
+        path = chance.choices(paths, sizes)[0] if chance.random() < 0.5 else chance.choice(paths)
+        sound = path.read_bytes()
+        faulty = corrupted(sound, chance)
+        if faulty == sound:
+            continue
+        num_faults += 1
+        path.write_bytes(faulty)
+        reader = Checkpointer(tmp_path, make_config(), report=lambda _: None)
+        step, state, _ = reader.restore(abstract(states[100]))
+        reader.close()
+        assert step == 100, path
+        if num_faults % 50 == 0:
+            assert_same(state, states[100])
+        (aside,) = tmp_path.glob("checkpoints/damaged-200-*")
+        aside.rename(folder)
+        (folder / "damaged.json").unlink()
+        path.write_bytes(sound)
+    reader = Checkpointer(tmp_path, make_config(), report=lambda _: None)
+    step, state, _ = reader.restore(abstract(states[200]))
+    reader.close()
+    assert step == 200
+    assert_same(state, states[200])
+
+
 @pytest.mark.parametrize("damage", ["truncate", "delete", "zero"])
 def test_every_lost_file_is_found(two_steps, tmp_path, damage):
     names = [path.relative_to(two_steps) for path in files_of(two_steps / "checkpoints" / "200")]

@@ -95,7 +95,7 @@ class Checkpointer:
         report: Callable[[str], None] = print,
         change_mixture: bool = False,
     ):
-        self._root = _checkpoint_root(workdir)
+        self._root = checkpoint_root(workdir)
         self._change_mixture, self.mixture_changes = change_mixture, []
         self._config, self._data_identity = config, dict(data_identity)
         self._report = report if jax.process_index() == 0 else lambda _: None
@@ -236,16 +236,9 @@ class Checkpointer:
         """Applies the keep policy; called only after `newest` is complete, which is always kept."""
         policy = self._config.checkpoint
         steps = list_steps(self._root.parent)
-        keep = {newest, *steps[-policy.keep_last :]}
-        if policy.keep_every_steps:
-            keep.update(step for step in steps if step % policy.keep_every_steps == 0)
         for step in steps:
-            if step not in keep:
-                # Without its manifest the step ceases to exist at once; a kill before the rest is gone leaves a
-                # leftover that the next start removes.
-                remove(self._root / str(step) / MANIFEST)
-                _kill_point("during_retention", newest)
-                remove_tree(self._root / str(step))
+            if step not in steps_to_keep(steps, policy.keep_last, policy.keep_every_steps) | {newest}:
+                remove_step(self._root, step, lambda: _kill_point("during_retention", newest))
 
     def _clean_leftovers(self) -> None:
         """Removes what killed saves and removals left behind: Orbax's temporary folders and steps without a manifest.
@@ -335,9 +328,24 @@ def list_steps(workdir: epath.PathLike) -> list[int]:
     """Complete steps of a run, ascending. Reads names only; the digests are verified when a step is restored."""
     return sorted(
         int(path.name)
-        for path in list_folder(_checkpoint_root(workdir))
+        for path in list_folder(checkpoint_root(workdir))
         if path.name.isdigit() and file_exists(path / MANIFEST) and not file_exists(path / DAMAGED)
     )
+
+
+def steps_to_keep(steps: Sequence[int], keep_last: int, keep_every: int) -> set[int]:
+    """Of ascending steps: the newest `keep_last`, and those divisible by `keep_every` (0: none)."""
+    return {*steps[-keep_last:], *(step for step in steps if keep_every and step % keep_every == 0)}
+
+
+def remove_step(root: epath.Path, step: int, between: Callable[[], None] = lambda: None) -> None:
+    """Removes a complete step. Without its manifest it ceases to exist at once.
+
+    A kill before the rest is gone (`between` is called there) leaves a leftover that the next start removes.
+    """
+    remove(root / str(step) / MANIFEST)
+    between()
+    remove_tree(root / str(step))
 
 
 def restore_subtree(
@@ -367,7 +375,7 @@ def restore_subtree(
         CheckpointError: if there is no valid checkpoint, or the named step is absent or damaged.
         ValueError: if a prefix names nothing, or names, shapes or dtypes do not fit.
     """
-    root = _checkpoint_root(workdir)
+    root = checkpoint_root(workdir)
     if step is None or step < 0:
         chosen = _newest_valid(
             root, lambda damaged, fault: report(f"{root}: checkpoint {damaged} is damaged, passed over: {fault}")
@@ -478,7 +486,8 @@ def _kill_point(point: str, step: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _checkpoint_root(workdir: epath.PathLike) -> epath.Path:
+def checkpoint_root(workdir: epath.PathLike) -> epath.Path:
+    """Where the checkpoints of a run are."""
     path = to_path(workdir)
     # Orbax refuses relative paths.
     return (path.absolute() if is_local(path) else path) / "checkpoints"

@@ -1,4 +1,4 @@
-"""The commands: train, evaluate, generate, data-stats."""
+"""The commands: train, evaluate, generate, data-stats, checkpoints."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from data_pipelines.scene_world import ensure_scene_world
-from unihetero_jax import data_stats
+from unihetero_jax import data_stats, stored_steps
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unihetero_jax", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="train|evaluate|generate|data-stats")
+    commands = parser.add_subparsers(required=True, metavar="train|evaluate|generate|data-stats|checkpoints")
 
     trains = commands.add_parser("train", allow_abbrev=False, help="train, or go on training, the run in a workdir")
     trains.add_argument("--config", required=True, help="experiments/x.py[:argument]; fields by --config.a.b=value")
@@ -94,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--workdir", default="", help="a run: also what it has drawn")
     chosen.add_argument("--config", default="", help="an experiment that has not run yet")
     stats.set_defaults(command=_data_stats)
+    stored = commands.add_parser("checkpoints", allow_abbrev=False, help="list, verify, compare or prune a run's steps")
+    stored.add_argument("action", choices=("list", "verify", "diff", "prune"))
+    stored.add_argument("--workdir", required=True)
+    stored.add_argument("--steps", type=_steps, default=(), help="verify: those, by comma (all if empty); diff: two")
+    stored.add_argument("--keep-last", type=int, default=3, help="prune: so many of the newest")
+    stored.add_argument("--keep-every", type=int, default=0, help="prune: and every step divisible by this")
+    stored.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
+    stored.set_defaults(command=_checkpoints)
     for command in (evaluates, generates):
         command.add_argument("--workdir", required=True)
         command.add_argument("--step", type=int, default=-1, help="-1: the newest that verifies")
@@ -145,6 +153,33 @@ def _data_stats(flags: argparse.Namespace, overrides: list[str]) -> None:
         print(f"\ndrawn up to step {step}:\n{data_stats.format_totals(totals, lengths)}")
     sizes, proposed = data_stats.row_sizes(costs, config.data.row_tokens)
     print("\n" + data_stats.format_row_sizes(sizes, proposed, config))
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    if not all(part.isdecimal() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: give steps by comma, such as 100,200")
+    return tuple(map(int, text.split(",")))
+
+
+def _checkpoints(flags: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError(f"{overrides[0]}: checkpoints takes no --config fields")
+    match flags.action:
+        case "list":
+            print(stored_steps.format_steps(stored_steps.describe_steps(flags.workdir)))
+        case "verify":
+            faults = stored_steps.verify_steps(flags.workdir, flags.steps)
+            for step, fault in faults.items():
+                print(f"step {step}: {fault or 'every file matches its digest'}")
+            if damaged := [str(step) for step, fault in faults.items() if fault]:
+                raise ValueError(f"damaged: step {', '.join(damaged)}; a restore passes over them")
+        case "diff":
+            if len(flags.steps) != 2:
+                raise ValueError("checkpoints diff: name two steps, such as --steps=100,200")
+            print(stored_steps.format_differences(*stored_steps.compare_steps(flags.workdir, *flags.steps)))
+        case "prune":
+            gone = stored_steps.prune_steps(flags.workdir, flags.keep_last, flags.keep_every, flags.dry_run)
+            print(f"{len(gone)} steps {'would be ' if flags.dry_run else ''}removed")
 
 
 def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = (), change_mixture: bool = False) -> TrainState:
