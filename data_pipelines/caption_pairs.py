@@ -14,6 +14,6 @@ def pair_record(source: str, image: bytes, caption: object, meta: dict[str, str 
         RecordError: `empty_caption`, or what `records.probe_image` says of the image.
     """
     if not isinstance(caption, str) or not caption.strip():
-        raise RecordError("empty_caption", f"caption is {caption!r}")
+        raise RecordError("empty_caption", f"caption is {caption!r:.80}")
     segment = ImageSegment(image, *records.probe_image(image))
     return Record(source, "caption", (segment, TextSegment(caption.strip(), True)), meta, where)

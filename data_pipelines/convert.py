@@ -15,7 +15,7 @@ from data_pipelines.layouts import LAYOUTS, expand
 from data_pipelines.preparation import Preparation, run_locally
 from data_pipelines.prepared import Folder
 from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
-from data_pipelines.writer import About, require_absent
+from data_pipelines.writer import About, require_absent, require_writable
 from unihetero_jax.data.records import index_key
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from unihetero_jax.storage import to_local, to_path
@@ -27,7 +27,11 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--val-input", nargs="+", default=[], help="files of the validation split, if the set has one")
     common.add_argument("--val-share", type=float, default=0.01, help="share of records for validation otherwise")
     common.add_argument("--output", required=True, help="prepared folder to make")
-    common.add_argument("--source", default="", help="name kept in records; default: the output folder's")
+    common.add_argument(
+        "--source",
+        default="",
+        help="name kept in records, whose order follows from it too; default: the output folder's",
+    )
     common.add_argument("--licence", default="not stated")
     common.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json")
     common.add_argument("--train-tokenizer", type=int, default=0, metavar="VOCAB",
@@ -53,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 def _convert(flags: argparse.Namespace, runner_flags: Sequence[str]) -> None:
     output = to_path(flags.output)
     require_absent(output)
+    require_writable(output)
     if not 0 <= flags.val_share < 1:
         raise ValueError(f"--val-share: {flags.val_share} must lie in [0, 1)")
     for name in ("num_shards", "workers"):
@@ -103,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = sys.argv[1:] if arguments is None else arguments
         own, runner_flags = _split_at_dashes(arguments)
         _convert(_parser().parse_args(own), runner_flags)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

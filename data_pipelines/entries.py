@@ -13,6 +13,7 @@ from unihetero_jax.data import records
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, RecordError, TextSegment
 from unihetero_jax.data.tokenizer import Tokenizer
 
+MAX_EXAMPLE_CHARS = 500
 MAX_EXAMPLES = 3
 """Examples kept per reason for dropping, to find the samples again."""
 CACHED_TEXTS = 1 << 16
@@ -112,8 +113,15 @@ class Checker:
         except UnicodeEncodeError as error:
             return Dropped("invalid_text", f"{where}: {error}")
         content = content_of(record)
-        is_val = int.from_bytes(content[:4], "little") < self._val_share * 2**32
+        is_val = int.from_bytes(_split_hash(record, content)[:4], "little") < self._val_share * 2**32
         return Entry(_shuffle_key(data), data, row, split or ("val" if is_val else "train"), content, where)
+
+
+def _split_hash(record: Record, content: bytes) -> bytes:
+    """What decides the split: the first image, so that all that is said of it is on one side; else the content."""
+    images = (segment.data for segment in record.segments if isinstance(segment, ImageSegment))
+    first = next(images, None)
+    return content if first is None else hashlib.blake2b(first, digest_size=16).digest()
 
 
 class Drops:
@@ -126,7 +134,8 @@ class Drops:
     def add(self, dropped: Dropped, count: int = 1) -> None:
         """Counts samples dropped for one reason."""
         self.counts[dropped.reason] += count
-        where = dropped.where.encode("utf-8", "backslashreplace").decode()  # it may hold what no console can take
+        shown = dropped.where[:MAX_EXAMPLE_CHARS]
+        where = shown.encode("utf-8", "backslashreplace").decode()  # it may hold what no console can take
         # The first by name, not by time: so it is the same however the work was shared.
         self.examples[dropped.reason] = sorted([*self.examples.get(dropped.reason, []), where])[:MAX_EXAMPLES]
 

@@ -205,7 +205,7 @@ def _text(row: Mapping[str, Any], column: str, reason: str) -> str:
         return ""
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
-        raise RecordError(reason, f"{column} is {value!r}")
+        raise RecordError(reason, f"{column} is {value!r:.80}")
     return value.strip()
 
 

@@ -12,13 +12,13 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipelines.archives import LIMITS
 from data_pipelines.entries import Dropped
 from data_pipelines.hf_parquet import open_parquet, read_rows
 from data_pipelines.image_files import DAMAGED_ZIP, ImageFiles
@@ -359,10 +359,17 @@ def _unpacked(path: Path, folder: Path) -> Iterator[Path]:
     try:
         with zipfile.ZipFile(path) as archive:
             names = sorted(name for name in archive.namelist() if is_json_lines(Path(name)))
+            if len(archive.namelist()) > LIMITS.max_entries:
+                raise ValueError(f"{path}: has more than {LIMITS.max_entries} members; split it")
+            left = max(LIMITS.free_bytes, LIMITS.max_ratio * path.stat().st_size)
             for name in names:
                 unpacked = folder / Path(name).name
                 with archive.open(name) as member, unpacked.open("wb") as file:
-                    shutil.copyfileobj(member, file)
+                    while block := member.read(1 << 20):
+                        left -= len(block)
+                        if left < 0:
+                            raise ValueError(f"{path}: unpacks to more than {LIMITS.max_ratio} times its size; refused")
+                        file.write(block)
                 yield unpacked
                 unpacked.unlink()
     except DAMAGED_ZIP as error:

@@ -5,6 +5,7 @@ A new layout is a module with a parse function, and one `Layout` here.
 
 import argparse
 import dataclasses
+import functools
 import glob
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,12 +58,16 @@ def expand(patterns: Sequence[str], flag: str) -> list[Path]:
 
 
 def _images_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", default="", help="folder, zip or tar of images; default: the input's folder")
+    parser.add_argument("--images", default="", help="folder, zip or tar of images; default: the folder of each input")
     parser.add_argument("--val-images", default="", help="those of --val-input; default: --images")
 
 
-def _images(flags: argparse.Namespace) -> Path:
-    return Path(flags.images or Path(flags.input[0]).parent)
+def _images(flags: argparse.Namespace, path: Path) -> Path:
+    """The images of an input file: it may be one of several folders that have images of equal names."""
+    return Path(flags.images) if flags.images else path.parent
+
+
+_image_map = functools.lru_cache(maxsize=2)(read_image_map)  # a layout's reader is made anew for each input file
 
 
 def _map_flag(parser: argparse.ArgumentParser, required: bool = False) -> None:
@@ -86,8 +91,7 @@ def _llava_flags(parser: argparse.ArgumentParser) -> None:
 
 def _llava(flags: argparse.Namespace, source: str) -> Read:
     options = LlavaOptions(source, flags.turns, flags.choices, flags.first_turn, flags.last_turn)
-    images = _images(flags)
-    return lambda paths: (sample for path in paths for sample in read_llava(path, images, options))
+    return lambda paths: (sample for path in paths for sample in read_llava(path, _images(flags, path), options))
 
 
 def _parquet_flags(parser: argparse.ArgumentParser) -> None:
@@ -125,8 +129,12 @@ def _coco_flags(parser: argparse.ArgumentParser) -> None:
 
 def _coco(flags: argparse.Namespace, source: str) -> Read:
     options = CocoOptions(source, flags.captions, flags.caption_prompt, flags.image_prefix)
-    images = None if flags.captions == "text" else _images(flags)
-    return lambda paths: (sample for path in paths for sample in read_coco(path, images, options))
+
+    def read(paths: Sequence[Path]) -> Samples:
+        for path in paths:
+            yield from read_coco(path, None if flags.captions == "text" else _images(flags, path), options)
+
+    return read
 
 
 def _tsv_flags(parser: argparse.ArgumentParser) -> None:
@@ -137,8 +145,10 @@ def _tsv_flags(parser: argparse.ArgumentParser) -> None:
 
 def _tsv(flags: argparse.Namespace, source: str) -> Read:
     options = CaptionTsvOptions(source, tuple(flags.columns.split(",")))
-    images, names = _images(flags), read_image_map(Path(flags.image_map))
-    return lambda paths: read_caption_tsv(paths, images, names, options)
+    names = _image_map(Path(flags.image_map))
+    return lambda paths: (
+        sample for path in paths for sample in read_caption_tsv([path], _images(flags, path), names, options)
+    )
 
 
 def _webdataset_flags(parser: argparse.ArgumentParser) -> None:
@@ -186,8 +196,10 @@ def _interleaved(flags: argparse.Namespace, source: str) -> Read:
         source, flags.documents, flags.missing, flags.max_images, flags.max_chars, flags.image_place,
         flags.min_similarity,
     )  # fmt: skip
-    images, names = _images(flags), read_image_map(Path(flags.image_map)) if flags.image_map else None
-    return lambda paths: read_interleaved(paths, images, options, names)
+    names = _image_map(Path(flags.image_map)) if flags.image_map else None
+    return lambda paths: (
+        sample for path in paths for sample in read_interleaved([path], _images(flags, path), options, names)
+    )
 
 
 def _jsonl_flags(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,18 @@ def require_absent(output: Folder) -> None:
     """Raises FolderExists if there is a folder of this name already; in a bucket: a prepared one."""
     if output.exists() if is_local(output) else file_exists(to_path(output) / "manifest.json"):
         raise FolderExists(f"{output} exists; remove it, or name another folder")
+
+
+def require_writable(output: Folder) -> None:
+    """Raises ValueError, before the work, if a local folder cannot be made here."""
+    if not is_local(output):
+        return
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=Path(output).parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output: {output} cannot be written ({error.strerror or error}); name another") from error
 
 
 def shard_of(entry: Entry, num_shards: int) -> int:

@@ -1,5 +1,6 @@
 """What `data-stats` says of a mixture and of a run, against counts made by hand."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from tests.test_mixture import folders, make_config, tokenizer, tokenizer_folder
 from unihetero_jax import cli, data_stats
 from unihetero_jax.config import to_dict
 from unihetero_jax.data import mixture
+from unihetero_jax.data.tokenizer import load_tokenizer
 
 
 def test_lengths_are_those_of_the_indices(folders, tokenizer_folder):  # noqa: F811
@@ -22,6 +24,21 @@ def test_lengths_are_those_of_the_indices(folders, tokenizer_folder):  # noqa: F
         assert found.mean_patches == pytest.approx(index["num_patches"].mean())
     assert lengths["a"].share == pytest.approx(0.75, abs=1e-6)
     assert costs[:, 0].max() <= 36 and 100 < len(costs) <= 4 * 42
+
+
+def test_what_does_not_fit_and_what_a_schedule_does_are_told(folders, tokenizer_folder):  # noqa: F811
+    config = make_config(folders, tokenizer_folder, data__row_patches=36, data__planned_draws=8_000)
+    sources = {
+        name: dataclasses.replace(source, weight=1.0, weight_schedule=((0.0, 1.0 - up), (1.0, up)))
+        for (name, source), up in zip(config.data.sources.items(), (1.0, 0.0), strict=True)
+    }
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    lengths, _ = data_stats.mixture_lengths(config)
+    assert all(source.share == pytest.approx(0.5, abs=1e-9) for source in lengths.values())
+    for name, source in lengths.items():
+        index = mixture.open_split(config, load_tokenizer(config.data.tokenizer), name, "train").index
+        is_long = (index["num_patches"] > 36) | (index["num_tokens"] > config.data.row_tokens)
+        assert source.num_too_long == int(is_long.sum())
 
 
 def test_the_proposed_row_size_costs_no_rows():

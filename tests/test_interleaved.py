@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_pipelines import interleaved
+from data_pipelines.archives import ArchiveLimits
 from data_pipelines.entries import Dropped
 from data_pipelines.image_files import read_image_map
 from data_pipelines.interleaved import InterleavedOptions, parse_mmc4, parse_obelics, read_interleaved
@@ -341,6 +343,16 @@ def test_documents_inside_a_zip_are_read_in_the_order_of_their_names(tmp_path, i
     assert [record.where for record in made] == [
         "docs.jsonl.zip/b.jsonl, line 1", "docs.jsonl.zip/a.jsonl, line 1", "docs.jsonl.zip/a.jsonl, line 2",
     ]  # fmt: skip
+
+
+def test_a_zip_bomb_of_documents_is_refused(tmp_path, images, monkeypatch):
+    path = zipped(tmp_path / "bomb.jsonl.zip", {"a.jsonl": [{"text": "a" * 3_000_000}]})
+    monkeypatch.setattr(interleaved, "LIMITS", ArchiveLimits(free_bytes=2_000_000, max_entries=1))
+    with pytest.raises(ValueError, match=r"bomb.jsonl.zip: unpacks to more than 100 times its size"):
+        list(read_interleaved([path], images, InterleavedOptions("web", "mmc4")))
+    path = zipped(tmp_path / "many.jsonl.zip", {"a.jsonl": [], "b.jsonl": []})
+    with pytest.raises(ValueError, match=r"many.jsonl.zip: has more than 1 members"):
+        list(read_interleaved([path], images, InterleavedOptions("web", "mmc4")))
 
 
 def test_damaged_zips_are_named(tmp_path, images):

@@ -310,6 +310,23 @@ def test_targets_are_counted_by_source(reference):
             assert sum(counted.values()) == mask.sum() > 0
 
 
+def test_a_mixture_ends_where_what_is_left_fits_no_row(tmp_path, tokenizer, tokenizer_folder):
+    long = [Record("a", "text", (TextSegment(" ".join(WORDS * 60), True),), {"id": i}) for i in range(5)]
+    write_source(tmp_path / "a", "a", tokenizer, {"train": long})
+    write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 20)})
+    config = make_config(tmp_path, tokenizer_folder, train__global_batch_rows=1, data__num_data_shards=1)
+    sources = config.data.sources | {"b": dataclasses.replace(config.data.sources["b"], max_epochs=2.0)}
+    iterator = mixture.make_train_iterator(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources)), tokenizer
+    )
+    seen = []
+    with pytest.raises(ValueError, match=r"no record of a fits a row .* and no other source is drawn any more"):
+        while True:
+            seen += next(iterator).sample_ids
+    iterator.close()
+    assert sorted(seen) == sorted(2 * [f"b/{i}" for i in range(20)])
+
+
 def test_a_mixture_ends_where_every_source_reached_its_epochs(tmp_path, tokenizer, tokenizer_folder):
     for name, count in (("a", 50), ("b", 20)):
         write_source(tmp_path / name, name, tokenizer, {"train": make_records(name, count)})

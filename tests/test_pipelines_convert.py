@@ -3,6 +3,7 @@
 import io
 import json
 import zipfile
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -144,6 +145,52 @@ def test_convert_llava_with_its_own_validation_set(tmp_path, capsys):
     assert "12 train, 3 val; dropped: 2 missing_image" in capsys.readouterr().out
     assert convert.main(arguments) == 2
     assert "out exists; remove it" in capsys.readouterr().err
+
+
+def test_equal_names_in_two_folders_are_two_images(tmp_path):
+    for folder, color in (("A", "red"), ("B", "blue")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(png(color))
+        samples = [entry("<image>\nWhich color?", color, image="1.png")]
+        (tmp_path / folder / "x.json").write_text(json.dumps(samples))
+    arguments = ["llava", "--input", str(tmp_path / "*" / "x.json"), f"--output={tmp_path / 'out'}",
+                 f"--tokenizer={tmp_path / 'tokenizer'}", "--train-tokenizer=280", "--val-share=0"]  # fmt: skip
+    assert convert.main(arguments) == 0
+    found = {
+        record.segments[2].text.strip(): record.segments[0].data for record in read_records(tmp_path / "out", "train")
+    }
+    assert found == {color: png(color) for color in ("red", "blue")}
+
+
+def test_all_that_is_said_of_an_image_is_in_one_split(tmp_path):
+    rows = [row(image={"bytes": png((n, n, n)), "path": f"{n}.png"}, caption=f"{n} said {i} times")
+            for n in range(60) for i in range(3)]  # fmt: skip
+    path = write_parquet(tmp_path / "p.parquet", rows)
+    arguments = ["parquet", f"--input={path}", "--task=pair", "--caption-column=caption", "--val-share=0.4",
+                 f"--output={tmp_path / 'out'}", f"--tokenizer={tmp_path / 'tokenizer'}",
+                 "--train-tokenizer=280"]  # fmt: skip
+    assert convert.main(arguments) == 0
+    train, val = (
+        {record.segments[0].data for record in read_records(tmp_path / "out", split)} for split in ("train", "val")
+    )
+    assert len(train) + len(val) == 60 and not train & val and min(len(train), len(val)) > 10
+
+
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes.txt").write_text("a note")
+    arguments = ["text", f"--input={tmp_path / 'notes.txt'}", "--tokenizer=nowhere"]
+    for output in (tmp_path / "file" / "out", Path("/proc/nowhere/out")):
+        assert convert.main([*arguments, f"--output={output}"]) == 2
+        assert f"--output: {output} cannot be written" in capsys.readouterr().err
+
+
+def test_examples_of_what_was_dropped_are_short(tmp_path, capsys):
+    path = write_parquet(tmp_path / "p.parquet", [row(), row(caption="x")])
+    arguments = ["parquet", f"--input={path}", "--task=pair", "--caption-column=image", f"--output={tmp_path / 'out'}",
+                 f"--tokenizer={tmp_path / 'tokenizer'}", "--train-tokenizer=280"]  # fmt: skip
+    assert convert.main(arguments) == 2
+    assert len(capsys.readouterr().err) < 1000
 
 
 def test_convert_parquet_and_text(tmp_path):

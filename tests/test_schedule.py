@@ -52,10 +52,6 @@ def test_counts_follow_a_schedule_of_weights():
         )
         return weights / weights.sum()
 
-    def between_knots(progress):  # a share is linear between the knots 0, 0.25 and 0.5
-        a, b, c = shares(0.25), shares(0.5), np.clip((progress - 0.25) / 0.25, 0, 1)
-        return a + (b - a) * c
-
     steps = 20
     expected = np.zeros(3)
     had = np.zeros(3, np.int64)
@@ -63,9 +59,26 @@ def test_counts_follow_a_schedule_of_weights():
         sources, _, _ = schedule.window(number)
         had += np.bincount(sources, minlength=3)
         for step in range(window * steps):
-            expected += between_knots((number * window + (step + 0.5) / steps) / planned) / steps
+            expected += shares((number * window + (step + 0.5) / steps) / planned) / steps
         assert np.abs(had - expected).max() < 1.01
     assert had[1] > 4000 and (schedule.counts(2000) - [1666, 0, 333]).max() <= 1
+
+
+@pytest.mark.parametrize("last", [1.0, 1.001, 1.02, 9.0, 0.0])
+def test_the_integral_is_that_of_the_weights_over_their_sum(last):
+    """On both sides of where the closed form gives way to its series."""
+    members = {
+        "a": {"size": 10**9, "weight": 1.0},
+        "b": {"size": 10**9, "weight": 1.0, "weight_schedule": ((0.0, 1.0), (1.0, last))},
+    }
+    planned = 10**8
+    schedule = make_schedule(members, window=1000, planned=planned)
+    progress = (np.arange(200_000) + 0.5) / 200_000
+    share = 1 / (2 + (last - 1) * progress)
+    for until in (0.1, 0.5, 1.0):
+        expected = share[progress < until].mean() * until * planned
+        found = schedule.integral(until * planned)
+        assert found[0] == pytest.approx(expected, abs=0.1) and found.sum() == pytest.approx(until * planned, abs=1e-3)
 
 
 def test_every_record_once_per_epoch():
@@ -112,10 +125,10 @@ def test_a_source_stops_at_its_limit():
     pairs = drawn(schedule, range(50))
     assert len(pairs["short"]) == 25 and [epoch for _, epoch in pairs["short"]] == [0] * 10 + [1] * 10 + [2] * 5
     assert abs(len(pairs["long"]) - 1600) <= 1  # its own pace does not change
-    assert not schedule.is_exhausted(1000)
+    assert schedule.drawable(1000).tolist() == [name == "long" for name in members]
     members["long"]["max_epochs"] = 1
     schedule = make_schedule(members)
-    ends = [number for number in range(400) if schedule.is_exhausted(number)]
+    ends = [number for number in range(400) if not schedule.drawable(number).any()]
     assert ends[0] == 313 and ends == list(range(313, 400))  # 10,000 draws at 32 a window
     assert len(schedule.window(312)[0]) > 0 and len(schedule.window(313)[0]) == 0
 

@@ -1,5 +1,6 @@
 """The loop from configuration to checkpointed state: what is written, what stops it, and what must not change it."""
 
+import itertools
 import json
 import shutil
 
@@ -11,11 +12,13 @@ import pytest
 from unihetero_jax import gradient_table, reporting, step
 from unihetero_jax.checkpoint import list_steps, restore_subtree
 from unihetero_jax.config import config_hash
+from unihetero_jax.data import mixture
 from unihetero_jax.data.mixture import make_train_iterator
+from unihetero_jax.data.records import RecordError
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.objectives import within_image_spread
-from unihetero_jax.reporting import SKIPPED_BATCHES
+from unihetero_jax.reporting import FAILED_SAMPLES, SKIPPED_BATCHES
 from unihetero_jax.sharding import make_mesh
 from unihetero_jax.train import train
 
@@ -135,6 +138,26 @@ class _Poison:
         if number in self._cure_after:
             gains["gain"] = self._healthy
         self.states[number] = jax.device_get((state.params, state.ema, state.opt_state))
+
+
+def test_failed_samples_are_written_down(tiny_experiment, tmp_path, monkeypatch):
+    whole, calls = mixture.deserialize, itertools.count()
+
+    def failing(data):
+        if next(calls) % 7 == 3:
+            raise RecordError("not_a_record", "for a test")
+        return whole(data)
+
+    monkeypatch.setattr(mixture, "deserialize", failing)
+    run(tiny_experiment(train__num_steps=3, data__max_failed_share=1.0), tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / FAILED_SAMPLES).read_text().splitlines()]
+    totals = read_metrics(tmp_path)[-1]["totals"]
+    assert {entry["step"] for entry in entries} <= {1, 2, 3}
+    failures = [failure for entry in entries for failure in entry["failures"]]
+    assert (
+        len(failures) == totals["failed/qa"] + totals["failed/generation"] == totals["failed_reason/not_a_record"] > 0
+    )
+    assert all(".array_record: record " in failure and "not_a_record: for a test" in failure for failure in failures)
 
 
 def test_steps_without_finite_gradient_change_nothing_and_stop_the_run(usual, tiny_experiment, tmp_path, capsys):

@@ -1,3 +1,3 @@
 """UniHetero pretraining in JAX: one causal transformer over text tokens and visual embeddings (arXiv 2512.23512)."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

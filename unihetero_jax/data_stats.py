@@ -53,15 +53,21 @@ def mixture_lengths(config: Config) -> tuple[dict[str, SourceLengths], np.ndarra
     schedule = make_schedule(config, {name: len(source) for name, source in sources.items()})
     drawn: list[np.ndarray] = []
     lengths = {}
-    windows = [schedule.window(number) for number in range(SAMPLED_WINDOWS)]
-    shares = dict(zip(schedule.names, schedule.integral(1e6) / 1e6, strict=True))
+    spread = np.linspace(0, max(data.planned_draws / data.window_size - 1, SAMPLED_WINDOWS - 1), SAMPLED_WINDOWS)
+    windows = [schedule.window(int(number)) for number in spread]  # a curriculum is more than its start
+    draws = data.planned_draws or 1_000_000
+    shares = dict(zip(schedule.names, schedule.integral(draws) / draws, strict=True))
     for number, (name, source) in enumerate(sources.items()):
         index = source.index
         costs = np.stack([index["num_tokens"], index["num_patches"]], axis=-1).astype(np.int64)
         fits = ((index["flags"] & FLAG_TOO_LONG) == 0) & (costs[:, 0] <= data.row_tokens)
         mean_tokens, mean_patches = costs.mean(axis=0).tolist()
         lengths[name] = SourceLengths(
-            len(index), float(shares[name]), mean_tokens, mean_patches, num_too_long=int((~fits).sum())
+            len(index),
+            float(shares[name]),
+            mean_tokens,
+            mean_patches,
+            num_too_long=int((~fits | (costs[:, 1] > data.row_patches)).sum()),
         )
         picked = np.concatenate([records[members == number] for members, records, _ in windows])
         drawn.append(costs[picked[fits[picked]]])

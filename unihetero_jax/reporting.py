@@ -26,11 +26,12 @@ from unihetero_jax.optim import learning_rate_schedule
 from unihetero_jax.workdir import GrowingFiles
 
 SKIPPED_BATCHES = "skipped_batches.jsonl"
+FAILED_SAMPLES = "failed_samples.jsonl"
 MIN_TARGET_WINDOW = 50
 """An enabled loss must see a target within the log interval, or within this many steps if that is longer (our choice:
 a batch or two of a mixture may well hold none)."""
 MAX_FAILURES_SHOWN = 100
-"""Failed samples that are named on the console; all are counted, by reason."""
+"""Failed samples that are named on the console; all are in `failed_samples.jsonl`, and counted by reason."""
 
 
 class Reporter:
@@ -39,11 +40,13 @@ class Reporter:
     def __init__(self, config: Config, workdir: epath.Path, first_step: int, counters: Mapping[str, np.ndarray]):
         """`counters` are those of `get_state` at `first_step`; empty for a new run."""
         self._config = config
-        self._files = GrowingFiles(workdir, (METRICS_NAME, REPLACED_NAME, SKIPPED_BATCHES), announce)
+        self._files = GrowingFiles(workdir, (METRICS_NAME, REPLACED_NAME, SKIPPED_BATCHES, FAILED_SAMPLES), announce)
         self._skipped_path = self._files.folder / SKIPPED_BATCHES
         self._writer = MetricsWriter(self._files.folder, announce)
         self._writer.truncate_after(first_step)
-        keep_lines_up_to(self._skipped_path, first_step)
+        self._failed_path = self._files.folder / FAILED_SAMPLES
+        for path in (self._skipped_path, self._failed_path):
+            keep_lines_up_to(path, first_step)
         self._progress = Progress(config.train.num_steps, first_step)
         self._schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
         self._interval = IntervalMetrics()
@@ -96,7 +99,7 @@ class Reporter:
             return
         (done, host_batch, metrics), self._pending = self._pending, None
         metrics = jax.device_get(metrics)
-        self._count(host_batch)
+        self._count(done, host_batch)
         self._interval.add(*_of_applied_steps(metrics))
         self._check_targets(done, metrics)
         self._progress.update(done)
@@ -121,9 +124,12 @@ class Reporter:
         self._writer.close()
         self._files.close()
 
-    def _count(self, host_batch: HostBatch) -> None:
+    def _count(self, done: int, host_batch: HostBatch) -> None:
         for name, value in host_batch.counters.items():
             self._totals[name] = self._totals.get(name, 0) + int(value)
+        if host_batch.failures:
+            with self._failed_path.open("a") as file:
+                file.write(json.dumps({"step": done, "failures": host_batch.failures}) + "\n")
         for failure in host_batch.failures[: MAX_FAILURES_SHOWN - self._failures_shown]:
             self._progress.print(f"sample became padding: {failure}")
             self._failures_shown += 1

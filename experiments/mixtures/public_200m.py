@@ -13,6 +13,10 @@ of the page in `url`. What could not be confirmed stands in `unverified`; an emp
 Tokens, images and bytes per sample are estimates unless a comment gives their source. The real figures are in the
 manifests and in `data-stats` once the folders are prepared.
 
+The commands as printed run on one machine, which holds a set in memory (or, for a JSON list, the list). For the large
+sets add a cluster's `--runner=... -- ...` (data_pipelines/README.md); name fewer raw files for a twin. `data/tokenizer`
+is a folder with a tokenizer.json of your choice.
+
 Some sets share pictures: Recap-DataComp and COYO are both from Common Crawl, FineVision and LLaVA-Instruct both hold
 TextVQA and OCR-VQA, and MAmmoTH-VL is made of 153 public sets. `epochs` counts repeats within a source only.
 """

@@ -127,16 +127,19 @@ class WindowPlanner:
     def require_more(self, shard: int, window: int) -> None:
         """Called at a window without rows: raises ValueError if none can come after it.
 
-        Either every source has reached its `max_epochs`, or no record of any source fits a row.
+        Either every source has reached its `max_epochs` or the end of its schedule, or no record of the others fits a
+        row.
         """
-        if self._schedule.is_exhausted(window * self._num_shards + shard):
+        drawable = self._schedule.drawable(window * self._num_shards + shard)
+        left = [name for name, is_left in zip(self._names, drawable, strict=True) if is_left]
+        if not left:
             raise ValueError(
                 f"data.sources: {', '.join(self._names)} have reached their max_epochs; raise one, or train fewer steps"
             )
-        if not any(_any_fits(index, *self._row) for index in self._indices):
+        if not any(_any_fits(index, *self._row) for index in itertools.compress(self._indices, drawable)):
             raise ValueError(
-                f"data.sources: no record of {', '.join(self._names)} fits a row of data.row_tokens "
-                f"{self._row[0]} and data.row_patches {self._row[1]}; enlarge the row"
+                f"data.sources: no record of {', '.join(left)} fits a row of data.row_tokens {self._row[0]} and "
+                f"data.row_patches {self._row[1]}, and no other source is drawn any more; enlarge the row"
             )
 
 

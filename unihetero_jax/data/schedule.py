@@ -20,6 +20,9 @@ from typing import Any
 
 import numpy as np
 
+FOREVER = 2**50
+"""Draws after which a source that is drawn at all has been drawn."""
+_SERIES_TERMS = 10
 BLOCK_RECORDS = 1024
 """Records drawn from one neighbourhood of a file before the next; keeps reads local."""
 
@@ -105,11 +108,11 @@ class MixtureSchedule:
         """
         self.names = tuple(members)
         self._members, self._seed, self._window_size = list(members.values()), seed, window_size
-        knots, self._shares = _shares(self._members)
+        knots, self._weights = _weights(self._members)
         if len(knots) > 1 and planned_draws < 1:
             raise ValueError("data.planned_draws must be positive: a weight_schedule is a function of the share drawn")
         self._times = np.asarray(knots) * planned_draws
-        self._integrals = np.zeros_like(self._shares)
+        self._integrals = np.zeros_like(self._weights)
         for knot in range(1, len(knots)):
             self._integrals[knot] = self._integral(self._times[knot], knot - 1)
         self._phases = np.asarray([stable_key(seed, name, "phase") / 2**64 for name in self.names])
@@ -132,9 +135,10 @@ class MixtureSchedule:
         drawn = [self._draws(source, int(first[source]), int(last[source])) for source in range(len(self.names))]
         return sources, np.concatenate([records for records, _ in drawn]), np.concatenate([e for _, e in drawn])
 
-    def is_exhausted(self, number: int) -> bool:
-        """Whether no window from this one on has a draw, as every source has reached its limit."""
-        return bool((self.counts(number * self._window_size) >= self._limits).all())
+    def drawable(self, number: int) -> np.ndarray:
+        """`bool[num_sources]`: whether a source has a draw in this window or a later one."""
+        start = number * self._window_size
+        return self.counts(max(start, int(self._times[-1])) + FOREVER) > self.counts(start)
 
     def _draws(self, source: int, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         name, size = self.names[source], self._members[source].size
@@ -148,22 +152,42 @@ class MixtureSchedule:
         return np.concatenate(records), np.arange(low, high) // size
 
     def _integral(self, time: float, knot: int) -> np.ndarray:
-        """Integral up to a time that lies behind the given knot: exact, as a share is linear between two knots."""
-        elapsed = time - self._times[knot]
-        slope = 0.0
+        """Integral up to a time that lies behind the given knot: weights are linear between two knots."""
+        elapsed, weights = time - self._times[knot], self._weights[knot]
+        slopes = np.zeros_like(weights)
         if knot + 1 < len(self._times):
-            slope = (self._shares[knot + 1] - self._shares[knot]) / (self._times[knot + 1] - self._times[knot])
-        return self._integrals[knot] + elapsed * (self._shares[knot] + slope * elapsed / 2)
+            slopes = (self._weights[knot + 1] - weights) / (self._times[knot + 1] - self._times[knot])
+        return self._integrals[knot] + _integral_of_share(weights, slopes, elapsed)
 
 
-def _shares(members: Sequence[Member]) -> tuple[list[float], np.ndarray]:
-    """Progress of the knots, rising from 0, and the share of each source at each: weights there over their sum."""
+def _integral_of_share(weights: np.ndarray, slopes: np.ndarray, elapsed: float) -> np.ndarray:
+    """Integral over x from 0 to `elapsed` of (a + b x) / (c + d x); a, b by source, c, d their sums.
+
+    Its closed form, b x / d + (a - b c / d) log(1 + d x / c) / d, cancels where the sum hardly changes: there the
+    logarithm's series is divided out.
+    """
+    total, total_slope = weights.sum(), slopes.sum()
+    if not slopes.any():
+        return elapsed * (weights / total)
+    change = total_slope * elapsed / total
+    if abs(change) > 0.01:
+        per_slope = slopes / total_slope
+        return per_slope * elapsed + (weights - per_slope * total) * (np.log1p(change) / total_slope)
+    powers = np.arange(_SERIES_TERMS)
+    signed = (-change) ** powers
+    return (
+        elapsed / total * (weights * (signed / (powers + 1)).sum() + slopes * elapsed * (signed / (powers + 2)).sum())
+    )
+
+
+def _weights(members: Sequence[Member]) -> tuple[list[float], np.ndarray]:
+    """Progress of the knots, rising from 0, and the weight of each source at each."""
     knots = sorted({0.0, *(progress for member in members for progress, _ in member.weight_schedule)})
     weights = np.asarray([[member.weight * _factor(member, knot) for member in members] for knot in knots], np.float64)
     totals = weights.sum(axis=1, keepdims=True)
     if not (totals > 0).all():
         raise ValueError(f"data.sources: at progress {knots[int(np.argmin(totals))]:g} every weight is zero")
-    return knots, weights / totals
+    return knots, weights
 
 
 def _factor(member: Member, progress: float) -> float:
