@@ -21,7 +21,7 @@ from unihetero_jax.data.mixture import WindowPlanner
 from unihetero_jax.data.schedule import Member, MixtureSchedule
 from unihetero_jax.data_stats import row_sizes
 
-ROW_TOKENS, SHARDS, WINDOW = 4096, 64, 8192
+ROW_TOKENS, SHARDS, WINDOW = 4096, 64, 6144
 KINDS = ("text", "one image", "four images", "interleaved")
 WEIGHTS = {"text": 0.2, "one image": 0.5, "four images": 0.1, "interleaved": 0.2}
 SOURCES_PER_KIND = 3

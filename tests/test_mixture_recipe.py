@@ -252,7 +252,12 @@ def test_dry_run_prints_the_commands_if_asked(capsys):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_the_converter_takes_the_command(source):
-    convert._parser().parse_args(shlex.split(public_200m.prepare_command(source))[3:])
+    """And understands of it what the recipe says."""
+    flags = convert._parser().parse_args(shlex.split(public_200m.prepare_command(source))[3:])
+    assert (flags.layout, flags.input, flags.licence) == (source.layout, [source.inputs], source.licence)
+    assert flags.output == public_200m.sources()[source.name]["path"] and flags.tokenizer == public_200m.TOKENIZER
+    assert (flags.patch_size, flags.min_patches, flags.max_patches) == (16, 64, 1024)
+    assert source.count * source.bytes_per_sample / flags.num_shards <= public_200m.SHARD_BYTES
 
 
 @pytest.mark.parametrize("flag", ["--scale=7", "--row-tokens=0", "--batch-rows=-1", "--image-tokens=many"])

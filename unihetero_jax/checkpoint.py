@@ -236,8 +236,9 @@ class Checkpointer:
         """Applies the keep policy; called only after `newest` is complete, which is always kept."""
         policy = self._config.checkpoint
         steps = list_steps(self._root.parent)
+        kept = steps_to_keep(steps, policy.keep_last, policy.keep_every_steps) | {newest}
         for step in steps:
-            if step not in steps_to_keep(steps, policy.keep_last, policy.keep_every_steps) | {newest}:
+            if step not in kept:
                 remove_step(self._root, step, lambda: _kill_point("during_retention", newest))
 
     def _clean_leftovers(self) -> None:

@@ -195,7 +195,8 @@ def prune_steps(
         valid = next((step for step in reversed(steps) if _verifies(root, step, report)), None)
         if valid is None:
             raise CheckpointError(f"{root}: no checkpoint verifies, so none is removed")
-        gone = [step for step in steps if step not in steps_to_keep(steps, keep_last, keep_every) | {valid}]
+        kept = steps_to_keep(steps, keep_last, keep_every) | {valid}
+        gone = [step for step in steps if step not in kept]
         for step in gone:
             report(f"{root / str(step)}: {'would be removed' if dry_run else 'removed'}")
             if not dry_run:

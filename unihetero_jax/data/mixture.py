@@ -531,7 +531,8 @@ class TrainIterator(grain.DatasetIterator):
     def _plan_and_prefetch(self, shard: int, window: int) -> WindowPlan:
         plan = self._planner.plan(shard, window)
         for number, source in enumerate(self._sources.values()):
-            source.prefetch(plan.records[plan.sources == number])
+            if source.is_in_bucket:
+                source.prefetch(plan.records[plan.sources == number])
         return plan
 
     def _count_dropped(self, dropped: collections.Counter, plan: WindowPlan) -> None:

@@ -68,11 +68,15 @@ class Source:
         except (RuntimeError, OSError, ValueError, IndexError) as error:  # what the reader raises for damaged blocks
             raise RecordError("unreadable_record", str(error)) from error
 
+    @property
+    def is_in_bucket(self) -> bool:
+        """Whether its files have to be copied before they are read."""
+        return bool(self.shards) and not is_local(self.shards[0].path)
+
     def prefetch(self, records: np.ndarray) -> None:
         """Begins to copy the files of a bucket that hold these records."""
-        if self.shards and not is_local(self.shards[0].path):
-            for file in np.unique(np.searchsorted(self.ends, records, side="right")).tolist():
-                self.readers.prefetch(self.shards[file])
+        for file in np.unique(np.searchsorted(self.ends, records, side="right")).tolist():
+            self.readers.prefetch(self.shards[file])
 
     def take_retries(self) -> int:
         """Reads of a bucket that had to be repeated, since the last call."""
@@ -175,11 +179,10 @@ def _declared(field: str, folder: epath.Path, manifest: dict[str, Any], split: s
     """How many records a split has, and what the manifest says of each of its files, in record order."""
     try:
         files = {
-            file: {name: str(value) if name == "digest" else int(value) for name, value in entry.items()}
+            file: {**entry, "bytes": int(entry["bytes"]), "digest": str(entry["digest"])}
             for file, entry in sorted(manifest["files"].items())
             if file.startswith(f"{split}-") and file.endswith(".array_record")
         }
-        _ = [(entry["bytes"], entry["digest"]) for entry in files.values()]
         return int(manifest["num_records"].get(split, 0)), files
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -215,7 +218,7 @@ def _check_sizes(shards: Sequence[Shard], readers: ShardReaders) -> None:
 def _ends(shards: Sequence[Shard], entries: Iterable[Mapping[str, Any]], readers: ShardReaders) -> tuple[int, ...]:
     """Number of records up to and including each file; a manifest of version 0.1.0 makes it open them all."""
     counts = (
-        entry["records"] if "records" in entry else len(readers.open(shard, verify=False))
+        int(entry["records"]) if "records" in entry else len(readers.open(shard, verify=False))
         for shard, entry in zip(shards, entries, strict=True)
     )
     return tuple(itertools.accumulate(counts))
