@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from data_pipelines.scene_world import ensure_scene_world
+from data_pipelines.scene_world import ensure_index, ensure_scene_world
 from unihetero_jax import data_stats, stored_steps
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
@@ -189,6 +189,8 @@ def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = (), chang
     if world.level != "none":
         vocab_size = config.model.decoder.vocab_size
         ensure_scene_world(world.path, world.level, world.num_scenes, image_spec(config), vocab_size)
+        if config.data.turns != "branches":  # of branches it comes with one
+            ensure_index(world.path, image_spec(config), config.data.turns)
     _check_evaluation(config)
     return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir), change_mixture)
 
