@@ -587,7 +587,7 @@ def test_the_command_for_a_missing_index_makes_it(tmp_path, folders, tokenizer, 
 
 def test_repeated_prefixes_are_planned_by_their_cost(tmp_path, tokenizer, tokenizer_folder, caplog):
     """Every sample takes what its index says (else it is masked, with a warning), and nothing but prefixes repeats."""
-    image = ImageSegment(png(40, 40), 40, 40)
+    image = ImageSegment(png(48, 48), 48, 48)
     made = [
         Record("t", "vqa", (image, *(TextSegment(f"{k} is", bool(k % 2), k) for k in range(1, 2 + i % 4))), {"id": i})
         for i in range(40)
