@@ -303,6 +303,12 @@ def test_branches_are_refused_where_the_kernel_would_ignore_them(monkeypatch):
         require_segments_alone("auto", "branches")
 
 
+def test_splash_is_refused_on_a_gpu_where_it_would_be_interpreted(monkeypatch):
+    monkeypatch.setattr("unihetero_jax.model.attention.current_platform", lambda: "gpu")
+    with pytest.raises(ValueError, match="kernel for TPUs"):
+        encoder_attention("splash", segment_ids(300), False, 128)
+
+
 def test_attend_is_kept_for_whatever_mask():
     """The cached path has masks that are no segments."""
     query, key, value, _ = arrays(6, 2, 1, 4, 1)

@@ -153,7 +153,10 @@ def _masked(backend: Literal["dense", "jax_nn"], mask: jax.Array) -> RowAttentio
 
 def _splash(ids: jax.Array, order: Order, max_segment: int | None, query_axis: str) -> RowAttention:
     """Rows and heads are split over devices, the queries along `query_axis`; every device sees all keys of its rows."""
-    interpret = (current_platform() or jax.default_backend()) != "tpu"
+    platform = current_platform() or jax.default_backend()
+    if platform == "gpu":
+        raise ValueError("model.attention_backend=splash is a kernel for TPUs; on GPUs set auto, jax_nn or dense")
+    interpret = platform != "tpu"
 
     def on_device(query, key, value, query_ids, key_ids, query_index):
         return splash_attend(query, key, value, query_ids, key_ids, query_index, order, max_segment, interpret)

@@ -87,12 +87,16 @@ def visiting_order(active: Bool[Array, "B n m"], width: int) -> tuple[Int[Array,
 
     The steps after the last real one name its block again: the kernel copies a block only when its number changes.
     """
-    steps = jnp.arange(width)
-    count = jnp.sum(active, axis=-1, keepdims=True, dtype=jnp.int32)
-    chosen = jnp.argsort(~active, axis=-1, stable=True).astype(jnp.int32)
-    chosen = jnp.take_along_axis(chosen, jnp.minimum(steps, jnp.maximum(count - 1, 0)), axis=-1)
-    offset = jnp.arange(active.shape[0], dtype=jnp.int32)[:, None, None] * active.shape[2]
-    return (chosen + offset).reshape(1, -1, width), (steps < count).astype(jnp.int32).reshape(1, -1, width)
+    num_blocks, steps = active.shape[2], jnp.arange(width)
+    so_far = jnp.cumsum(active, axis=-1, dtype=jnp.int32)
+    count = so_far[..., -1:]
+    # The place of the k-th active block (from 0) is the number of places up to which k or fewer have been seen.
+    wanted = jnp.minimum(steps, jnp.maximum(count - 1, 0))
+    chosen = jnp.sum(so_far[:, :, None] <= wanted[..., None], axis=-1, dtype=jnp.int32)
+    chosen = jnp.minimum(chosen, num_blocks - 1)  # only where none is active
+    offset = jnp.arange(active.shape[0], dtype=jnp.int32)[:, None, None] * num_blocks
+    is_active = (steps < count).astype(jnp.int32)
+    return (chosen + offset).reshape(1, -1, width), is_active.reshape(1, -1, width)
 
 
 def block_side(num_queries: int, num_keys: int, max_segment: int | None) -> int:
