@@ -11,7 +11,7 @@ The rows of a device lie one after another in one long row, so one call of the k
 loop. Keys of a group are not repeated for its queries.
 
 Verified in interpret mode on a CPU against the dense function, forward and gradient, and compiled ahead of time for TPU
-v5e; never executed on a TPU.
+v5e, v5p and v6e; never executed on a TPU.
 """
 
 from collections.abc import Callable
