@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
     try:
         namespace, overrides = parse_arguments(_parser(), sys.argv[1:] if arguments is None else arguments)
-        if "num_processes" in namespace:
+        if getattr(namespace, "distributed", "off") == "auto":
             address, number = namespace.coordinator_address, namespace.num_processes
             cluster = distributed.find_cluster(address, number, namespace.process_id)
             distributed.connect(cluster, namespace.startup_deadline)
@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     stored.set_defaults(command=_checkpoints)
     for command in (trains, evaluates):
         processes = command.add_argument_group("several processes", "found by themselves on Slurm, GKE and Cloud TPU")
+        processes.add_argument(
+            "--distributed", choices=("auto", "off"), default="auto", help="off: one process, whatever the machine says"
+        )
         processes.add_argument("--coordinator_address", default="", help="HOST:PORT of process 0")
         processes.add_argument("--num_processes", type=int, default=0)
         processes.add_argument("--process_id", type=int, default=-1)
