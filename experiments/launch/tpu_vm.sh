@@ -30,8 +30,10 @@ case $action in
     ;;
   setup)
     : "${REPOSITORY:?set REPOSITORY to the address that the workers clone from}"
+    # uv brings a Python of its own: that of some runtime versions is older than 3.11.
     on_workers "rm -rf unihetero && git clone --depth=1 --branch $(printf %q "$REVISION") $(printf %q "$REPOSITORY") unihetero &&
-      cd unihetero && python3 -m venv .venv && .venv/bin/pip install --quiet -c constraints.txt -e '.[gcs]' 'jax[tpu]'"
+      cd unihetero && python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --python=3.11 .venv &&
+      ~/.local/bin/uv pip install --quiet -c constraints.txt -e '.[gcs]' 'jax[tpu]'"
     ;;
   train) # the flags of `python -m unihetero_jax train`; the workdir is a gs:// path, or a folder that all workers mount
     on_workers "cd unihetero && { setsid nohup bash experiments/launch/keep_running.sh train $(printf '%q ' "$@") \
