@@ -1,7 +1,7 @@
 """The launch templates: they parse, their command lines are the program's, and their scripts do what they say.
 
-Nothing here reaches a cloud or a cluster. What a template calls there (`srun`, `scontrol`, `gcloud`, `kubectl`) is a few
-lines of shell here; the templates themselves run as they are, with a program that only prints its arguments.
+Nothing here reaches a cloud or a cluster. What a template calls there (`srun`, `scontrol`, `gcloud`, `kubectl`) is a
+few lines of shell here; the templates themselves run as they are, with a program that only prints its arguments.
 """
 
 import importlib.util
