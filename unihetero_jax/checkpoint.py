@@ -62,7 +62,7 @@ FREE_FIELDS = (
     "train.max_consecutive_skips", "train.step_deadline_s", "checkpoint", "mesh", "eval", "diagnostics",
     "data.num_threads", "data.prefetch_batches", "data.max_failed_share", "data.verify_digests",
     "data.cache_dir", "data.cache_gib",
-    "model.encoder.remat", "model.decoder.remat",
+    "model.encoder.remat", "model.decoder.remat", "model.attention_backend",
 )  # fmt: skip
 """Fields, or whole sections, that may change between a save and its restore: they move no data and no arithmetic beyond
 rounding. `train.num_steps` reshapes the schedule, so a change of it is announced."""

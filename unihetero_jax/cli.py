@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.scene_world import ensure_scene_world
+from data_pipelines.scene_world import ensure_index, ensure_scene_world
 from unihetero_jax import data_stats, distributed, stored_steps
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
@@ -210,11 +210,18 @@ def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = (), chang
     prepare_workdir(workdir)  # before minutes go into a scene world
     world = config.scene_world
     if world.level != "none":
-        arguments = (world.path, world.level, world.num_scenes, image_spec(config), config.model.decoder.vocab_size)
-        make = functools.partial(ensure_scene_world, *arguments)
+        make = functools.partial(_make_scene_world, config)
         distributed.lead_first("scene-world", make, make)
     _check_evaluation(config)
     return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir), change_mixture)
+
+
+def _make_scene_world(config: Config) -> None:
+    world, spec = config.scene_world, image_spec(config)
+    assert world.level != "none"
+    ensure_scene_world(world.path, world.level, world.num_scenes, spec, config.model.decoder.vocab_size)
+    if config.data.turns != "branches":  # of branches it comes with one
+        ensure_index(world.path, spec, config.data.turns)
 
 
 def _check_evaluation(config: Config) -> None:

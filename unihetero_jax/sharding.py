@@ -260,3 +260,12 @@ def _mesh_axes(logical_axes: Sequence[str]) -> tuple[str, ...]:
         return ()
     targets = [LOGICAL_RULES[name] or () for name in logical_axes]
     return tuple(axis for target in targets for axis in ((target,) if isinstance(target, str) else target))
+
+
+def current_platform() -> str | None:
+    """Platform of the devices that the step is compiled for (`cpu`, `gpu`, `tpu`); None where no mesh is in force.
+
+    Not `jax.default_backend()`: a step may be compiled on one machine for the devices of another.
+    """
+    mesh = _mesh.get()
+    return None if mesh is None else mesh.devices.flat[0].platform

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import Cache, typechecked
 from unihetero_jax.config import DecoderConfig
-from unihetero_jax.model.attention import attend, rotate
+from unihetero_jax.model.attention import RowAttention, attend, rotate
 from unihetero_jax.model.layers import (
     GatedMLP,
     Linear,
@@ -58,11 +58,11 @@ class DecoderBlock(nnx.Module):
 
     @typechecked
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attention: RowAttention
     ) -> Float[Array, "B T D"]:
         """Whole rows."""
         query, key, value = self.attention.project(self.attention_norm(x), positions)
-        x = x + self.attention.out(attend(query, key, value, mask))
+        x = x + self.attention.out(attention(query, key, value))
         return x + self.mlp(self.mlp_norm(x))
 
     @typechecked
@@ -113,9 +113,12 @@ class Decoder(nnx.Module):
 
     @typechecked
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attention: RowAttention
     ) -> Float[Array, "B T D"]:
-        x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, positions, mask), None), self.config.remat)
+        """Whole rows; `attention` from `decoder_attention`."""
+        x, _ = scan_layers(
+            self.blocks, x, lambda block, x, _: (block(x, positions, attention), None), self.config.remat
+        )
         return self.norm(x)
 
     @typechecked
