@@ -75,7 +75,7 @@ class UniHetero(nnx.Module):
         causal = self.config.encoder.attention == "causal"
         attention = encoder_attention(self.config.attention_backend, batch.patch_segment_ids, causal, max_patches)
         features = self.encoder(batch.patches, batch.patch_coords, batch.patch_grid, attention, self.dtype)
-        merged = merge_patches(constrain(features, "batch", "sequence", "replicated"))
+        merged = merge_patches(constrain(features, "batch", "replicated", "replicated"))
         return VisionOutput(merged, self.projector(merged))
 
     @typechecked
