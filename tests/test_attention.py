@@ -10,6 +10,7 @@ import small
 from conftest import make_tiny_config
 
 from unihetero_jax import step
+from unihetero_jax.cli import make_log_probs
 from unihetero_jax.config import MeshConfig
 from unihetero_jax.model import splash, unihetero
 from unihetero_jax.model.attention import (
@@ -200,7 +201,7 @@ def test_splash_forms_no_mask(backend):
     assert bool(pairs) == (backend == "dense"), pairs
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(2, 1, 2, 2), MeshConfig(1, 2, 2, 2), MeshConfig(2, 2, 2, 1)])
+@pytest.mark.parametrize("mesh", [MeshConfig(2, 1, 2, 2, 1), MeshConfig(1, 2, 2, 2, 1), MeshConfig(2, 2, 2, 1, 1)])
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_splash_on_eight_devices_equals_dense_on_one(kind, mesh):
     """Rows, heads and (of the decoder) queries are split; 320 positions make halves that are no whole blocks."""
@@ -262,8 +263,10 @@ def test_the_model_with_splash_has_the_losses_and_gradients_of_dense():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["jax_nn", "splash"])
-def test_a_step_on_eight_devices_with_another_back_end_equals_dense_on_one(backend):
+@pytest.mark.parametrize(
+    ("backend", "split"), [("jax_nn", "mesh__fsdp"), ("splash", "mesh__fsdp"), ("splash", "mesh__context")]
+)
+def test_a_step_on_eight_devices_with_another_back_end_equals_dense_on_one(backend, split):
     """With rematerialised layers, whose backward pass runs the kernel again."""
     batch = small.mixed_batch(0, 8, "repeated_prefix")
     host = {field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
@@ -271,7 +274,7 @@ def test_a_step_on_eight_devices_with_another_back_end_equals_dense_on_one(backe
     for changes in (
         {"model__attention_backend": "dense"},
         {
-            "model__attention_backend": backend, "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2,
+            "model__attention_backend": backend, "mesh__data": 2, "mesh__tensor": 2, split: 2,
             "model__encoder__remat": "full", "model__decoder__remat": "dots",
         },
     ):  # fmt: skip
@@ -290,7 +293,7 @@ def test_auto_follows_the_devices_of_the_mesh():
     ]  # fmt: skip
     assert choose_backend("splash", "cpu") == "splash" and choose_backend("dense", "tpu") == "dense"
     assert current_platform() is None
-    with activation_mesh(make_mesh(MeshConfig(2, 1, 1, 1))):
+    with activation_mesh(make_mesh(MeshConfig(2, 1, 1, 1, 1))):
         assert current_platform() == "cpu"
 
 
@@ -301,6 +304,14 @@ def test_branches_are_refused_where_the_kernel_would_ignore_them(monkeypatch):
     require_segments_alone("dense", "branches")
     with pytest.raises(ValueError, match=r"set data\.turns=repeated_prefix, or model\.attention_backend=dense"):
         require_segments_alone("auto", "branches")
+
+
+def test_an_evaluation_on_a_mesh_refuses_them_too(monkeypatch):
+    monkeypatch.setattr("unihetero_jax.model.attention.current_platform", lambda: "tpu")
+    batch = small.mixed_batch()
+    host = {field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
+    with pytest.raises(ValueError, match=r"set data\.turns=repeated_prefix"):
+        make_log_probs(make_tiny_config(), small.params_of())(host)
 
 
 def test_splash_is_refused_on_a_gpu_where_it_would_be_interpreted(monkeypatch):

@@ -31,6 +31,7 @@ from unihetero_jax.evaluation.runner import LogProbs, evaluate, format_table, se
 from unihetero_jax.inference.generate import Prompt, generate_text
 from unihetero_jax.inference.sampling import Sampling
 from unihetero_jax.metrics import announce
+from unihetero_jax.model.attention import require_segments_alone
 from unihetero_jax.model.unihetero import Params, build
 from unihetero_jax.sharding import activation_mesh, local_rows, make_mesh, to_global
 from unihetero_jax.state import TrainState
@@ -317,6 +318,7 @@ def make_log_probs(config: Config, params: Params) -> LogProbs:
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def log_probs(params: Params, batch: Batch) -> jax.Array:
         with activation_mesh(mesh):
+            require_segments_alone(config.model.attention_backend, config.data.turns)
             output = build(config.model, config.objective, params)(batch)
             chunk = config.loss.text_chunk
             return -text_nll(output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, chunk)[1]
