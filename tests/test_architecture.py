@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
         "model.decoder", "model.semantic_head", "text_loss",
     },
     {"model.unihetero", "objectives", "data.mixture", "checkpoint"},
-    {"inference", "hf_weights", "step", "gradient_table", "reporting", "data_stats", "stored_steps"},
+    {"inference", "hf_weights", "step", "gradient_table", "reporting", "data_stats", "stored_steps", "export"},
     {"train", "evaluation", "scaling", "report"},
     {"cli"},
     {"__main__"},

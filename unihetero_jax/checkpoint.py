@@ -376,16 +376,7 @@ def restore_subtree(
         CheckpointError: if there is no valid checkpoint, or the named step is absent or damaged.
         ValueError: if a prefix names nothing, or names, shapes or dtypes do not fit.
     """
-    root = checkpoint_root(workdir)
-    if step is None or step < 0:
-        chosen = _newest_valid(
-            root, lambda damaged, fault: report(f"{root}: checkpoint {damaged} is damaged, passed over: {fault}")
-        )
-        if chosen is None:
-            raise CheckpointError(f"{root}: no complete checkpoint; train first, or name another workdir")
-    else:
-        chosen = _named_step(root, step)
-    folder = root / str(chosen)
+    folder = valid_step(workdir, step, report)
     arrays = read_manifest(folder)["arrays"]
     stored: dict[str, Any] = {}
     for prefix in path_prefixes:
@@ -399,14 +390,41 @@ def restore_subtree(
     else:
         wanted = _named_leaves(target)
         _check_arrays(stored, wanted, folder)
+    restored = read_arrays(folder, wanted)
+    return int(folder.name), restored if target is None else _rebuild(target, restored), read_metadata(folder)
+
+
+def valid_step(workdir: epath.PathLike, step: int | None, report: Callable[[str], None] = print) -> epath.Path:
+    """The folder of a step whose digests have just been verified; arguments and errors as of `restore_subtree`."""
+    root = checkpoint_root(workdir)
+    if step is not None and step >= 0:
+        return root / str(_named_step(root, step))
+    chosen = _newest_valid(
+        root, lambda damaged, fault: report(f"{root}: checkpoint {damaged} is damaged, passed over: {fault}")
+    )
+    if chosen is None:
+        raise CheckpointError(f"{root}: no complete checkpoint; train first, or name another workdir")
+    return root / str(chosen)
+
+
+def read_arrays(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads arrays of a step, and no others, as nested dicts.
+
+    Args:
+        folder: of the step, from `valid_step`.
+        wanted: by stored name; numpy arrays of the stored shape and dtype give such, `jax.ShapeDtypeStruct` jax arrays.
+    """
     item, restore_args = _restore_plan(wanted)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        restored = reader.restore(folder / "state", args=ocp.args.PyTreeRestore(
+        return reader.restore(folder / "state", args=ocp.args.PyTreeRestore(
             item=item, restore_args=restore_args, partial_restore=True
         ))  # fmt: skip
+
+
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
+    """What `run_metadata` said when the step was saved."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        metadata = reader.restore(folder / "metadata", args=ocp.args.JsonRestore())
-    return chosen, restored if target is None else _rebuild(target, restored), metadata
+        return reader.restore(folder / "metadata", args=ocp.args.JsonRestore())
 
 
 def run_metadata(config: Config, data_identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from data_pipelines.scene_world import ensure_scene_world
-from unihetero_jax import data_stats, stored_steps
+from unihetero_jax import data_stats, export, stored_steps
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
@@ -94,13 +94,20 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--workdir", default="", help="a run: also what it has drawn")
     chosen.add_argument("--config", default="", help="an experiment that has not run yet")
     stats.set_defaults(command=_data_stats)
-    stored = commands.add_parser("checkpoints", allow_abbrev=False, help="list, verify, compare or prune a run's steps")
-    stored.add_argument("action", choices=("list", "verify", "diff", "prune"))
+    stored = commands.add_parser("checkpoints", allow_abbrev=False, help="list, verify, compare, prune, export steps")
+    stored.add_argument("action", choices=("list", "verify", "diff", "prune", "export"))
     stored.add_argument("--workdir", required=True)
     stored.add_argument("--steps", type=_steps, default=(), help="verify: those, by comma (all if empty); diff: two")
     stored.add_argument("--keep-last", type=int, default=3, help="prune: so many of the newest")
     stored.add_argument("--keep-every", type=int, default=0, help="prune: and every step divisible by this")
     stored.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
+    stored.add_argument("--step", type=int, default=-1, help="export: which; -1: the newest that verifies")
+    stored.add_argument("--output", default="", help="export: folder for safetensors files, config and tokenizer")
+    stored.add_argument("--ema", action="store_true", help="export: the moving averages, where a component has one")
+    stored.add_argument("--replicate", type=int, default=0, help="export: which model of a run with several")
+    stored.add_argument("--dtype", default="", help="export: float32 or bfloat16; as stored if left out")
+    stored.add_argument("--tokenizer", default="", help="export: the run's tokenizer, if it is no longer where it was")
+    stored.add_argument("--max-file-gb", type=float, default=export.MAX_FILE_BYTES / 1e9, help="export: of one file")
     stored.set_defaults(command=_checkpoints)
     for command in (evaluates, generates):
         command.add_argument("--workdir", required=True)
@@ -180,6 +187,13 @@ def _checkpoints(flags: argparse.Namespace, overrides: list[str]) -> None:
         case "prune":
             gone = stored_steps.prune_steps(flags.workdir, flags.keep_last, flags.keep_every, flags.dry_run)
             print(f"{len(gone)} steps {'would be ' if flags.dry_run else ''}removed")
+        case "export":
+            if not flags.output:
+                raise ValueError("checkpoints export: name a folder to write, such as --output=exported")
+            export.export_parameters(
+                flags.workdir, flags.step, flags.output, flags.ema, flags.replicate, flags.dtype, flags.tokenizer,
+                int(flags.max_file_gb * 1e9),
+            )  # fmt: skip
 
 
 def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = (), change_mixture: bool = False) -> TrainState:
