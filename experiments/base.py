@@ -104,7 +104,12 @@ def get_config(arg: str = "") -> ConfigDict:
                 "num_replicates": 1,
                 "max_consecutive_skips": 10,
             },
-            "checkpoint": {"every_steps": 200, "keep_last": 3, "keep_every_steps": 0},
+            "checkpoint": {
+                "every_steps": 200,
+                "keep_last": 3,
+                "keep_every_steps": 0,
+                "verify_digests": True,  # storage flips bits, and Orbax restores them without an error
+            },
             "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
             "eval": {
                 "benchmarks": {},

@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, verified, and restorable onto any mesh."""
 
+import hashlib
 import json
 import os
 import random
@@ -26,6 +27,8 @@ from unihetero_jax.checkpoint import (
     restore_subtree,
 )
 from unihetero_jax.config import from_config_dict, to_dict
+from unihetero_jax.integrity import verify
+from unihetero_jax.storage import to_path
 
 
 @pytree_dataclass
@@ -277,6 +280,37 @@ def test_damaged_named_step_is_refused_with_its_file(copied):
     with pytest.raises(CheckpointError, match="checkpoint 200 is damaged: file state/_METADATA has 2 bytes"):
         checkpointer.restore(abstract(make_state(0)), step=200)
     checkpointer.close()
+
+
+def test_verification_can_be_turned_off(copied):
+    """Then nothing is read: an equal number of other bytes passes, a shorter file does not."""
+    (path,) = (p for p in files_of(copied / "checkpoints" / "200" / "metadata") if p.name == "metadata")
+    sound, config = path.read_bytes(), make_config(**{"checkpoint.verify_digests": False})
+    path.write_bytes(sound.replace(b'"python": "3', b'"python": "9'))
+    assert path.read_bytes() != sound
+    assert restore_newest(copied, config)[0] == 200
+    path.write_bytes(sound[:-1])
+    messages = []
+    assert restore_newest(copied, config, messages)[0] == 100
+    assert any("metadata/metadata has" in message for message in messages)
+
+
+def test_a_step_with_digests_of_the_former_hash_is_verified_with_it(copied):
+    for step, damaged in ((200, True), (100, False)):
+        folder = copied / "checkpoints" / str(step)
+        content = json.loads((folder / "manifest.json").read_text())["content"]
+        assert content.pop("hash") == "xxh3_128"
+        for name, entry in content["files"].items():
+            entry["digest"] = hashlib.blake2b((folder / name).read_bytes(), digest_size=16).hexdigest()
+        text = json.dumps(content, indent=1, sort_keys=True)
+        own = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        text = json.dumps({"content": content, "digest": own}, indent=1, sort_keys=True)
+        (folder / "manifest.json").write_text(text + "\n")
+        path = folder / "state" / "_METADATA"
+        assert verify(to_path(folder)) is None
+        if damaged:
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert restore_newest(copied)[0] == 100
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,11 @@ class Checkpointer:
         chosen, error = -1, None
         if jax.process_index() == 0:
             try:
-                found = _newest_valid(self._root, self._set_aside) if step is None else _named_step(self._root, step)
+                digests = self._config.checkpoint.verify_digests
+                if step is None:
+                    found = _newest_valid(self._root, self._set_aside, digests)
+                else:
+                    found = _named_step(self._root, step, digests)
                 chosen = -1 if found is None else found
             except (CheckpointError, StorageError) as raised:
                 chosen, error = -2, raised
@@ -519,15 +523,15 @@ def _save_failed(step: int, error: BaseException) -> CheckpointError:
     )
 
 
-def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None]) -> int | None:
-    """The newest step whose files all match their digests; `on_damage` is told of each newer one.
+def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None], digests: bool = True) -> int | None:
+    """The newest step whose files all match their digests (or sizes); `on_damage` is told of each newer one.
 
     Raises:
         CheckpointError: if steps were completed but none is valid. To start over is the user's decision.
     """
     faults = []
     for step in reversed(list_steps(root.parent)):
-        fault = verify(root / str(step))
+        fault = verify(root / str(step), digests)
         if fault is None:
             return step
         on_damage(step, fault)
@@ -542,11 +546,11 @@ def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None]) -> in
     return None
 
 
-def _named_step(root: epath.Path, step: int) -> int:
+def _named_step(root: epath.Path, step: int, digests: bool = True) -> int:
     steps = list_steps(root.parent)
     if step not in steps:
         raise CheckpointError(f"{root}: no complete checkpoint of step {step}; there are {steps or 'none'}")
-    fault = verify(root / str(step))
+    fault = verify(root / str(step), digests)
     if fault is not None:
         raise CheckpointError(f"{root}: checkpoint {step} is damaged: {fault}; name another step of {steps}")
     return step
