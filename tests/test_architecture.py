@@ -22,9 +22,9 @@ LAYERS: list[set[str]] = [
         "data.row_plan", "command_line", "workdir",
     },
     {
-        "state", "metrics", "integrity", "data.shards", "data.sources", "data.transforms", "data.roles", "data.packing",
-        "inference.sampling", "model.layers", "model.attention", "model.vision_encoder", "model.semantic_encoder",
-        "model.decoder", "model.semantic_head", "text_loss",
+        "state", "metrics", "integrity", "profiling", "data.shards", "data.sources", "data.transforms", "data.roles",
+        "data.packing", "inference.sampling", "model.layers", "model.attention", "model.vision_encoder",
+        "model.semantic_encoder", "model.decoder", "model.semantic_head", "text_loss",
     },
     {"model.unihetero", "objectives", "data.mixture", "checkpoint"},
     {"inference", "hf_weights", "step", "gradient_table", "reporting", "data_stats", "stored_steps", "export"},
@@ -34,13 +34,13 @@ LAYERS: list[set[str]] = [
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 34
-MAX_CLOSURE_LINES = 7600
+MAX_CLOSURE_MODULES = 35
+MAX_CLOSURE_LINES = 7800
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
-Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its lock, the
-digests and the opening of sources are modules of their own, so that each file stays short; a third of the lines are
-docstrings.
+Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its traces
+and its lock, the digests and the opening of sources are modules of their own, so that each file stays short; a third of
+the lines are docstrings.
 """
 
 SHOWN_AS_LOADED = {"data_pipelines.report": {"packing", "row_plan", "transforms"}}

@@ -31,6 +31,7 @@ from unihetero_jax.inference.generate import Prompt, generate_text
 from unihetero_jax.inference.sampling import Sampling
 from unihetero_jax.metrics import announce
 from unihetero_jax.model.unihetero import Params, build
+from unihetero_jax.profiling import parse_range
 from unihetero_jax.sharding import activation_mesh, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
@@ -71,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     trains.add_argument(
         "--change-mixture", action="store_true", help="go on from a checkpoint of another data.sources, where each was"
     )
+    trains.add_argument("--profile", default="", help="START:STOP: first and last step of a trace in WORKDIR/profile")
     trains.set_defaults(command=_train)
 
     evaluates = commands.add_parser("evaluate", allow_abbrev=False, help="score a run's checkpoint on benchmarks")
@@ -118,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(flags: argparse.Namespace, overrides: list[str]) -> None:
     config = parse_config_flags(flags.config, overrides)
-    run_training(config, flags.workdir, change_mixture=flags.change_mixture)
+    profile = parse_range(flags.profile, config.train.num_steps)
+    run_training(config, flags.workdir, change_mixture=flags.change_mixture, profile=profile)
 
 
 def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -196,7 +199,13 @@ def _checkpoints(flags: argparse.Namespace, overrides: list[str]) -> None:
             )  # fmt: skip
 
 
-def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = (), change_mixture: bool = False) -> TrainState:
+def run_training(
+    config: Config,
+    workdir: str,
+    hooks: Sequence[Hook] = (),
+    change_mixture: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> TrainState:
     """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
     prepare_workdir(workdir)  # before minutes go into a scene world
     world = config.scene_world
@@ -204,7 +213,7 @@ def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = (), chang
         vocab_size = config.model.decoder.vocab_size
         ensure_scene_world(world.path, world.level, world.num_scenes, image_spec(config), vocab_size)
     _check_evaluation(config)
-    return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir), change_mixture)
+    return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir), change_mixture, profile)
 
 
 def _check_evaluation(config: Config) -> None:

@@ -98,7 +98,8 @@ class Reporter:
         if self._pending is None:
             return
         (done, host_batch, metrics), self._pending = self._pending, None
-        metrics = jax.device_get(metrics)
+        with self.timer.phase("step"):
+            metrics = jax.device_get(metrics)
         self._count(done, host_batch)
         self._interval.add(*_of_applied_steps(metrics))
         self._check_targets(done, metrics)
@@ -123,6 +124,7 @@ class Reporter:
         self._progress.close()
         self._writer.close()
         self._files.close()
+        self.timer.close()
 
     def _count(self, done: int, host_batch: HostBatch) -> None:
         for name, value in host_batch.counters.items():
@@ -157,6 +159,7 @@ class Reporter:
             "skipped_steps": metrics.skipped,
             "totals": dict(self._totals),
             **speed,
+            "goodput": self.timer.goodput(),
         }
         if self._config.train.num_replicates > 1:
             line["loss_by_replicate"] = metrics.loss

@@ -21,6 +21,7 @@ from unihetero_jax.config import Config, to_dict
 from unihetero_jax.data.mixture import TrainIterator, make_train_iterator, open_split, validation_batches
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.metrics import IntervalMetrics, announce
+from unihetero_jax.profiling import Profile
 from unihetero_jax.reporting import Reporter
 from unihetero_jax.sharding import make_mesh, to_global
 from unihetero_jax.state import TrainState, ema_components
@@ -45,6 +46,7 @@ def train(
     hooks: Sequence[Hook] = (),
     evaluate: Evaluate | None = None,
     change_mixture: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Trains, or goes on training, the experiment in `workdir`.
 
@@ -54,6 +56,7 @@ def train(
         hooks: called with (step, state) after every step.
         evaluate: called with (state, step) once the last step is done.
         change_mixture: the checkpoint to go on from may have another mixture; each source goes on where it was.
+        profile: first and last step of a trace in `profile/`.
 
     Returns:
         The state after `train.num_steps` steps.
@@ -67,7 +70,7 @@ def train(
     workdir = prepare_workdir(workdir)
     with RunLock(workdir) as lock:
         with _StopSignals() as stop:
-            done, state = _train_steps(config, workdir, hooks, lock, stop, change_mixture)
+            done, state = _train_steps(config, workdir, hooks, lock, stop, change_mixture, profile)
         if stop.requested and done < config.train.num_steps:
             raise Interrupted(done, stop.requested)
         if evaluate is not None:
@@ -82,6 +85,7 @@ def _train_steps(
     lock: RunLock,
     stop: "_StopSignals",
     change_mixture: bool,
+    profile: tuple[int, int] | None,
 ) -> tuple[int, TrainState]:
     """Takes steps until the last one or a request to stop, and saves. Returns the step that it ended at, its state."""
     mesh = make_mesh(config.mesh)
@@ -94,32 +98,34 @@ def _train_steps(
     state, first_step, counters = _restore_or_init(config, mesh, checkpointer, stream)
     write_config(workdir, to_dict(config))
     reporter = Reporter(config, workdir, first_step, counters)
+    trace = Profile(profile, workdir, first_step, announce)
     train_step = step.compile_train_step(config, mesh)
     is_replicated = config.train.num_replicates > 1
     num_steps = config.train.num_steps
     done = first_step
     with contextlib.ExitStack() as cleanup:
-        for resource in (checkpointer, reporter, stream):
+        for resource in (checkpointer, reporter, stream, trace):
             cleanup.callback(resource.close)
         while done < num_steps and not stop.requested:
             lock.check()
             checkpointer.check()
-            with reporter.timer.input_wait():
+            with reporter.timer.phase("input_wait"):
                 host_batch = next(stream)
             batch = to_global(host_batch.arrays, mesh, is_replicated)
-            with reporter.timer.paused() if done == first_step else contextlib.nullcontext():  # it compiles
-                state, metrics = train_step(state, batch)
+            with reporter.timer.phase("compile" if done == first_step else "step"):
+                state, metrics = trace.run(done + 1, train_step, state, batch)
             done += 1
             reporter.finish_pending()
             reporter.start(done, host_batch, metrics)
             for hook in hooks:
                 hook(done, state)
             if done % config.train.eval_every_steps == 0 or done == num_steps:
-                with reporter.timer.paused():
+                with reporter.timer.phase("eval"):
                     reporter.add_eval_loss(validate(state))
             if done % config.checkpoint.every_steps == 0:
                 reporter.flush()  # a step that is saved has its line
-                checkpointer.save(done, state, stream.get_state() | reporter.get_state())
+                with reporter.timer.phase("save"):
+                    checkpointer.save(done, state, stream.get_state() | reporter.get_state())
         reporter.flush()
         if done:  # the last step, or the one that a signal stopped at; saved already, it is not saved again
             checkpointer.save(done, state, stream.get_state() | reporter.get_state(), wait=True)
