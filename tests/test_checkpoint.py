@@ -335,6 +335,26 @@ def test_non_finite_parameters_are_refused(tmp_path):
     checkpointer.close()
 
 
+@pytest.mark.parametrize("restored", [True, False])
+def test_the_first_save_of_a_run_compiles_nothing(tmp_path, caplog, restored):
+    """The check of the parameters is compiled from the moment that a run asks for its state, beside other things."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    width = 11 if restored else 12  # shapes that no other test has compiled
+    state = jax.device_put(
+        {"params": {"a": np.ones((3, width), np.float32), "b": np.ones(width, np.float32)}}, sharding
+    )
+    checkpointer = Checkpointer(tmp_path, make_config())
+    if restored:
+        assert checkpointer.restore(abstract(state)) is None
+        checkpointer._compiling.result()
+    with jax.log_compiles():
+        checkpointer.save(1, state, {})
+    assert (
+        any("Compiling" in record.message and "_all_finite" in record.message for record in caplog.records) != restored
+    )
+    checkpointer.close()
+
+
 def test_failure_in_the_background_surfaces_once_and_later_saves_work(tmp_path):
     """A full disk, as a limit on the size of files: the small files fit, the arrays do not."""
     big = {"params": {"x": jnp.asarray(np.random.default_rng(0).standard_normal(300_000), jnp.float32)}}

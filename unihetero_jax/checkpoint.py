@@ -15,6 +15,7 @@ verified; a damaged step is set aside with a message and the previous one is use
 The paths may be in a bucket: nothing here needs a rename to be atomic.
 """
 
+import concurrent.futures
 import importlib.metadata
 import json
 import os
@@ -102,6 +103,7 @@ class Checkpointer:
         self._own_steps: set[int] = set()
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
+        self._compiling: concurrent.futures.Future[Any] | None = None
         self._clean_leftovers()
         self._manager = self._make_manager()
 
@@ -124,6 +126,8 @@ class Checkpointer:
         if step in self._own_steps:
             return False
         leaves = _named_leaves(state)
+        if self._compiling is not None:
+            self._compiling.result()
         _refuse_non_finite(step, leaves)
         _kill_point("before_save", step)
         self._make_room(step)
@@ -189,6 +193,8 @@ class Checkpointer:
             ValueError: if the stored configuration or the arrays' names, shapes or dtypes do not fit.
         """
         self.wait()
+        if self._compiling is None:
+            self._compiling = _compile_finite_check(_named_leaves(target))
         chosen = self._choose(step)
         if chosen is None:
             return None
@@ -634,12 +640,27 @@ def _all_finite(arrays: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
 
 
-def _refuse_non_finite(step: int, leaves: Mapping[str, Any]) -> None:
-    params = {
+def _checked(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that must be finite: floating-point parameters."""
+    return {
         name: leaf
         for name, leaf in leaves.items()
         if name.split("/")[0] == "params" and jnp.issubdtype(_dtype(leaf), jnp.inexact)
     }
+
+
+def _compile_finite_check(leaves: Mapping[str, Any]) -> concurrent.futures.Future[Any]:
+    """Compiles the check in a thread, beside whatever starts now: half a second that the first save need not take."""
+    params = [jax.ShapeDtypeStruct(np.shape(x), _dtype(x), sharding=getattr(x, "sharding", None))
+              for x in _checked(leaves).values()]  # fmt: skip
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile-finite-check")
+    compiled = pool.submit(lambda: _all_finite.lower(params).compile() if params else None)
+    pool.shutdown(wait=False)
+    return compiled
+
+
+def _refuse_non_finite(step: int, leaves: Mapping[str, Any]) -> None:
+    params = _checked(leaves)
     if params and not _all_finite(list(params.values())):
         bad = next(name for name, leaf in params.items() if not _all_finite([leaf]))
         raise CheckpointError(
