@@ -66,6 +66,8 @@ bench: $(STAMP) ## loader, attention, train step against PyTorch: benchmarks/res
 	$(PY) -m benchmarks.mixture_scale
 	$(PY) -m benchmarks.decode
 	$(PY) -m benchmarks.attention
+	$(PY) -m benchmarks.memory
+	$(PY) -m benchmarks.checkpoint
 	$(PY) -m benchmarks.train_step
 
 clean: ## remove what was installed and compiled; runs and data stay
