@@ -110,7 +110,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "keep_every_steps": 0,
                 "verify_digests": True,  # storage flips bits, and Orbax restores them without an error
             },
-            "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
+            "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "num_slices": 1},
             "eval": {
                 "benchmarks": {},
                 "batch_rows": 16,
