@@ -103,6 +103,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "eval_every_steps": 500,
                 "num_replicates": 1,
                 "max_consecutive_skips": 10,
+                "step_deadline_s": 1800.0,  # longer than validation or a save; compiling is not under it
             },
             "checkpoint": {
                 "every_steps": 200,

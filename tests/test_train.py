@@ -297,9 +297,3 @@ def test_data_prepared_anew_at_the_same_path_is_refused(tiny_experiment, tiny_wo
     (copied / "qa" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"was trained on other data .*\n  - sources\.qa: "):
         run(tiny_experiment(train__num_steps=4, data__tokenizer=copied / "tokenizer", **paths), tmp_path / "run")
-
-
-def test_one_process_only(tiny_experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="2 processes: this version trains in one process"):
-        run(tiny_experiment(), tmp_path)

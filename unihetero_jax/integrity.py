@@ -12,8 +12,8 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import xxhash
 from etils import epath
@@ -21,6 +21,7 @@ from etils import epath
 from unihetero_jax.storage import StorageError, attempt, is_folder, is_local, list_folder, read_bytes, size_of
 from unihetero_jax.workdir import write_atomically
 
+Item = TypeVar("Item")
 MANIFEST = "manifest.json"
 FILE_HASH = "xxh3_128"
 _HASHES = {"blake2b": lambda: hashlib.blake2b(digest_size=16), FILE_HASH: xxhash.xxh3_128}
@@ -53,11 +54,12 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     raise ValueError(f"file {MANIFEST}: content does not match its own digest")
 
 
-def verify(folder: epath.Path, digests: bool = True) -> str | None:
+def verify(folder: epath.Path, share: tuple[int, int] = (0, 1), digests: bool = True) -> str | None:
     """What is wrong with the folder, naming a file, or None. Reads every byte of the files listed.
 
     Args:
         folder: with a manifest.
+        share: (which, of how many): only so much of the files, where several processes divide the work.
         digests: False to compare the sizes of the files alone, and read none.
 
     Raises:
@@ -65,7 +67,7 @@ def verify(folder: epath.Path, digests: bool = True) -> str | None:
     """
     try:
         manifest = read_manifest(folder)
-        recorded = manifest["files"]
+        recorded = dict(share_of(sorted(manifest["files"].items()), share))
         sizes = {name: size_of(folder / name) for name in recorded}
         for name, size in sizes.items():
             if size is None:
@@ -88,6 +90,12 @@ def verify(folder: epath.Path, digests: bool = True) -> str | None:
     return None
 
 
+def share_of(items: Sequence[Item], share: tuple[int, int]) -> Sequence[Item]:
+    """Every n-th item, beginning with one's own number."""
+    number, count = share
+    return items[number::count]
+
+
 def digest_files(
     folder: epath.Path,
     num_threads: int,
@@ -96,9 +104,14 @@ def digest_files(
     hash_name: str = FILE_HASH,
 ) -> dict[str, dict[str, Any]]:
     """{relative path: {"bytes", "digest"}} of the named files, or of all but the manifest and `ignored` names."""
-    names = sorted(_walk(folder, {MANIFEST, *ignored})) if names is None else list(names)
+    names = list_files(folder, ignored) if names is None else list(names)
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         return dict(zip(names, pool.map(lambda name: _digest_file(folder / name, hash_name), names), strict=True))
+
+
+def list_files(folder: epath.Path, ignored: Collection[str] = ()) -> list[str]:
+    """Relative paths of all files but the manifest and `ignored` names."""
+    return sorted(_walk(folder, {MANIFEST, *ignored}))
 
 
 def _walk(folder: epath.Path, ignored: Collection[str], prefix: str = "") -> list[str]:
