@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, verified, and restorable onto any mesh."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -355,25 +357,78 @@ def test_the_first_save_of_a_run_compiles_nothing(tmp_path, caplog, restored):
     checkpointer.close()
 
 
-def test_failure_in_the_background_surfaces_once_and_later_saves_work(tmp_path):
-    """A full disk, as a limit on the size of files: the small files fit, the arrays do not."""
-    big = {"params": {"x": jnp.asarray(np.random.default_rng(0).standard_normal(300_000), jnp.float32)}}
+@pytest.fixture
+def full_disk():
+    """A context in which the disk is full, as a limit on the size of files: small files fit, arrays do not."""
+
+    @contextlib.contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
+BIG = {"params": {"x": np.random.default_rng(0).standard_normal(300_000).astype(np.float32)}}
+
+
+def test_failure_in_the_background_surfaces_once_and_later_saves_work(tmp_path, full_disk):
+    big = jax.tree.map(jnp.asarray, BIG)
     checkpointer = Checkpointer(tmp_path, make_config())
     checkpointer.save(1, big, {}, wait=True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(CheckpointError, match=r"saving checkpoint 2 failed.*earlier checkpoints are untouched"):
-            checkpointer.save(2, big, {})
-            checkpointer.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(), pytest.raises(CheckpointError, match=r"saving checkpoint 2 failed.*checkpoints are untouched"):
+        checkpointer.save(2, big, {})
+        checkpointer.wait()
     assert checkpointer.all_steps() == [1]
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "completed.json"}
     checkpointer.save(2, big, {}, wait=True)
     checkpointer.check()
     assert checkpointer.all_steps() == [1, 2]
     checkpointer.close()
+
+
+@pytest.mark.parametrize("how", ["the check of every step", "the next save", "the end"])
+def test_failure_in_the_background_is_raised_by(tmp_path, full_disk, how):
+    big = jax.tree.map(jnp.asarray, BIG)
+    checkpointer = Checkpointer(tmp_path, make_config())
+    with full_disk():
+        checkpointer.save(2, big, {})
+        checkpointer._thread.join()
+    surfaces = {
+        "the check of every step": checkpointer.check,
+        "the next save": lambda: checkpointer.save(3, big, {}),
+        "the end": checkpointer.close,
+    }
+    with pytest.raises(CheckpointError, match="saving checkpoint 2 failed"):
+        surfaces[how]()
+    assert checkpointer.all_steps() == []
+
+
+def test_a_save_begins_when_the_one_before_is_complete(tmp_path, monkeypatch):
+    """Each is slow in the background; a save that is asked for meanwhile waits, and is then written, too."""
+    checkpointer = Checkpointer(tmp_path, make_config())
+    events, save, complete = [], checkpointer._manager.save, checkpointer._complete
+
+    def slowly(step, arrays):
+        time.sleep(0.2)
+        complete(step, arrays)
+        events.append(("complete", step))
+
+    def begin(step, **arguments):
+        events.append(("begin", step))
+        return save(step, **arguments)
+
+    monkeypatch.setattr(checkpointer, "_complete", slowly)
+    monkeypatch.setattr(checkpointer._manager, "save", begin)
+    for step in (1, 2, 3):
+        checkpointer.save(step, make_state(step), position_of(step))
+    checkpointer.close()
+    assert events == [(what, step) for step in (1, 2, 3) for what in ("begin", "complete")]
+    assert list_steps(tmp_path) == [1, 2, 3]
 
 
 def test_same_step_twice_is_saved_once(tmp_path):

@@ -133,7 +133,7 @@ class Checkpointer:
             return False
         leaves = _named_leaves(state)
         if self._compiling is not None:
-            self._compiling.result()
+            concurrent.futures.wait([self._compiling])
         _refuse_non_finite(step, leaves)
         _kill_point("before_save", step)
         self._make_room(step)
