@@ -117,11 +117,6 @@ def check_command(words: list[str]) -> None:
         parse_config_flags(flags.config, overrides)
 
 
-def without_cluster_flags(words: list[str]) -> list[str]:
-    names = ("--distributed=", "--coordinator_address=", "--num_processes=", "--process_id=")
-    return [word for word in words if not word.startswith(names)]
-
-
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -223,7 +218,7 @@ def test_jobset_commands_are_the_programs(path, printer, tmp_path):
     assert ran.returncode == 0, ran.stderr
     module, name, *words = ran.stdout.splitlines()
     assert (module, name) == ("-m", "unihetero_jax")
-    check_command(without_cluster_flags(words))
+    check_command(words)
     if path.name == "jobset_gpu.yaml":
         assert {"--num_processes=2", "--process_id=1"} <= set(words)
     if path.name == "jobset_array.yaml":

@@ -31,6 +31,8 @@ MESSAGE_DEADLINE_S = 600.0
 HEARTBEAT_TIMEOUT_S = 60
 """After so long without a sign of life JAX ends the processes that are left."""
 _RETRY_S = 0.2
+_BROADCASTS_KEPT = 8
+"""Of one name. No process falls so far behind: steps of the devices, or `gather`, lie between any two."""
 
 
 class StartupError(RuntimeError):
@@ -166,6 +168,8 @@ def broadcast(name: str, text: str | None = None, deadline_s: float = MESSAGE_DE
     if is_lead():
         assert text is not None
         client.key_value_set(key, text)
+        if (old := _numbers[name] - _BROADCASTS_KEPT) > 0:
+            client.key_value_delete(f"unihetero/{name}/{old}")
         return text
     try:
         return client.blocking_key_value_get(key, int(deadline_s * 1000))
