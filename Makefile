@@ -59,7 +59,7 @@ format: $(STAMP) ## let ruff fix and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(STAMP) ## loader, attention, train step against PyTorch: benchmarks/results (installs torch, webdataset)
+bench: $(STAMP) ## loader, attention, memory, checkpoints, train step against PyTorch: benchmarks/results (installs torch, webdataset)
 	@$(PY) -c 'import torch, webdataset' 2>/dev/null || \
 	  $(PY) -m pip install --disable-pip-version-check -c constraints.txt '$(TORCH)' webdataset
 	$(PY) -m benchmarks.loader --full

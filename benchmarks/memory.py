@@ -198,7 +198,10 @@ def page(content: Mapping[str, Any]) -> str:
     ]
     for kind, label in (("chunked", f"chunks of {vocabulary['chunk']}"), ("plain", "all logits at one time")):
         sizes = vocabulary[kind]["temp_bytes"]
-        lines.append(f"| {label} | {_mib(sizes[small])} | {_mib(sizes[large])} | {vocabulary[kind]['growth']:.2f}x |")
+        growth = f"{vocabulary[kind]['growth']:.2f}x, {_mib(sizes[large] - sizes[small])}"
+        lines.append(f"| {label} | {_mib(sizes[small])} | {_mib(sizes[large])} | {growth} |")
+    table = _mib(VOCABULARIES[1] * train_step.MODELS["tiny1"]["decoder"]["dim"] * 4)
+    lines += ["", f"The gradient of the table of embeddings alone has {table} at 152k."]
     lines += ["", "Speed of the step with chunks over that without, every position a target:", ""]
     for vocab_size, speed in results["speed"].items():
         busy = " (the machine was not idle: no verdict)" if speed["bar_reached"] is None else ""

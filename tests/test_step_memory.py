@@ -1,6 +1,7 @@
 """What the compiled train step allocates, by XLA's own figures: nothing here is run."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import small
 from conftest import make_tiny_config
 
+from benchmarks import memory
 from unihetero_jax import optim, step
 from unihetero_jax.sharding import make_mesh, to_global
 
@@ -64,3 +66,8 @@ def test_a_large_vocabulary_costs_memory_only_without_chunks():
 
     before, after, whole = temporary_bytes(8192, 16), temporary_bytes(152064, 16), temporary_bytes(152064, 10**6)
     assert after <= 1.5 * before < whole / 10
+
+
+def test_the_page_about_memory_has_the_tables_of_the_results(repo_root):
+    results = json.loads((repo_root / "benchmarks" / "results" / "memory.json").read_text())
+    assert memory.page(results) in (repo_root / "docs" / "memory.md").read_text()
