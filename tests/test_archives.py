@@ -472,7 +472,7 @@ NAMES = {"http://x/1": "a.jpg", "http://x/2,3": "sub/b.jpg"}
     [
         ("m.tsv", b"http://x/1\ta.jpg\r\n\nhttp://x/2,3\tsub/b.jpg"),
         ("m.txt", b"URL\tfile\nhttp://x/1\ta.jpg\nhttp://x/2,3\tsub/b.jpg\n"),
-        ("m.tsv.gz", gzip.compress(b"http://x/1\told\nhttp://x/1\ta.jpg\nhttp://x/2,3\tsub/b.jpg\n")),
+        ("m.tsv.gz", gzip.compress(b"http://x/1\told\nhttp://x/1\ta.jpg\nhttp://x/2,3\tsub/b.jpg\n", mtime=0)),
         ("m.csv", b'url,file\nhttp://x/1,a.jpg\n"http://x/2,3",sub/b.jpg\n'),
         ("m.json", b'{"http://x/1": "a.jpg", "http://x/2,3": "sub/b.jpg"}'),
     ],
