@@ -105,7 +105,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "max_consecutive_skips": 10,
             },
             "checkpoint": {"every_steps": 200, "keep_last": 3, "keep_every_steps": 0},
-            "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1},
+            "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "num_slices": 1},
             "eval": {
                 "benchmarks": {},
                 "batch_rows": 16,

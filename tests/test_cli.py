@@ -166,11 +166,11 @@ def test_all_invalid_combinations_are_listed(experiment, tmp_path, refused):
     message = refused(
         "train", experiment, f"--workdir={tmp_path / 'w'}", "--config.model.encoder.num_heads=5",
         "--config.train.num_steps=0", "--config.data.row_patches=7", "--config.data.sources.qa.weight=0",
-        "--config.mesh.context=2", "--config.loss.target_norm=l2", "--config.train.accumulation_steps=3",
+        "--config.mesh.context=5000", "--config.loss.target_norm=l2", "--config.train.accumulation_steps=3",
     )  # fmt: skip
     for field in (
         "model.encoder.num_heads 5", "train.num_steps 0", "data.row_patches 7", "data.sources.qa.weight 0.0",
-        "mesh.context 2", "loss.target_norm", "train.accumulation_steps",
+        "mesh.context 5000", "loss.target_norm", "train.accumulation_steps",
     ):  # fmt: skip
         assert field in message, message
     assert message.count("\n  - ") >= 7

@@ -68,7 +68,7 @@ def test_unknown_fields_carry_their_path_and_a_hint(values):
     values["mesh"]["qqqqqq"] = 1
     assert sorted(faults_of(values)) == [
         "data.sources.only.wieght: unknown field; did you mean data.sources.only.weight?",
-        "mesh.qqqqqq: unknown field; fields here: data, fsdp, tensor, context",
+        "mesh.qqqqqq: unknown field; fields here: data, fsdp, tensor, context, num_slices",
         "optimiser: unknown field; did you mean optimizer?",
         "train.num_step: unknown field; did you mean train.num_steps?",
     ]
@@ -139,7 +139,8 @@ BROKEN = {
     "loss.target_norm": ("l2", "loss.visual_loss=cosine normalises already"),
     "init_from.workdir": ("runs/x", "init_from.workdir is set but init_from.components is empty"),
     "checkpoint.keep_last": (0, "checkpoint.keep_last 0 must be positive"),
-    "mesh.context": (2, "mesh.context 2: only 1 is supported"),
+    "mesh.context": (3, "data.row_tokens 32 must be a multiple of mesh.context 3"),
+    "mesh.num_slices": (2, "mesh.data 1 must be a multiple of mesh.num_slices 2"),
     "mesh.tensor": (4, "model.decoder.num_kv_heads 2 must be a multiple of mesh.tensor 4"),
     "mesh.fsdp": (3, "model.decoder.dim 32 must be a multiple of mesh.fsdp 3"),
     "eval.validation_rows": (-1, "eval.validation_rows must not be negative"),

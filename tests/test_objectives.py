@@ -9,6 +9,7 @@ import pytest
 import small
 from conftest import make_tiny_config
 
+from unihetero_jax.config import MeshConfig
 from unihetero_jax.objectives import (
     across_image_spread,
     compute_loss,
@@ -18,6 +19,7 @@ from unihetero_jax.objectives import (
     visual_weight,
     within_image_spread,
 )
+from unihetero_jax.sharding import activation_mesh, make_mesh
 from unihetero_jax.text_loss import text_nll
 
 
@@ -30,26 +32,31 @@ def log_softmax(x):
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize(("chunk", "num_row_shards"), [(1, 1), (3, 1), (4, 2), (100, 1), (100, 4)])
-def test_text_nll_and_its_gradients(chunk, num_row_shards):
+@pytest.mark.parametrize(
+    ("chunk", "mesh"),
+    [(1, {}), (3, {}), (100, {}), (4, {"data": 2}), (3, {"fsdp": 2, "tensor": 2, "context": 2}), (100, {"data": 4})],
+)
+def test_text_nll_and_its_gradients(chunk, mesh):
+    """Against the softmax written out; on a mesh every device has its own positions and part of the vocabulary."""
     rng = np.random.default_rng(0)
-    hidden, table = rng.standard_normal((4, 10, 8)), rng.standard_normal((7, 8))
-    tokens, mask = rng.integers(0, 7, (4, 10)), rng.random((4, 10)) < 0.4
+    hidden, table = rng.standard_normal((4, 10, 8)), rng.standard_normal((8, 8))
+    tokens, mask = rng.integers(0, 8, (4, 10)), rng.random((4, 10)) < 0.4
     mask[1], mask[2] = False, True  # a row without a target, and one full of them
     expected, hidden_gradient, table_gradient = np.zeros((4, 10)), np.zeros(hidden.shape), np.zeros(table.shape)
     logits = log_softmax(hidden @ table.T)
     for row, t in np.argwhere(mask):
         if t > 0:
             expected[row, t] = -logits[row, t - 1, tokens[row, t]]
-            error = np.exp(logits[row, t - 1]) - np.eye(7)[tokens[row, t]]
+            error = np.exp(logits[row, t - 1]) - np.eye(8)[tokens[row, t]]
             hidden_gradient[row, t - 1] = error @ table
             table_gradient += np.outer(error, hidden[row, t - 1])
 
     def weighted(hidden, table):
-        total, nll = text_nll(hidden, table, jnp.int32(tokens), jnp.asarray(mask), chunk, num_row_shards)
+        with activation_mesh(make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | mesh))):
+            total, nll = text_nll(hidden, table, jnp.int32(tokens), jnp.asarray(mask), chunk)
         return 3 * total, (total, nll)
 
-    gradients, (total, nll) = jax.grad(weighted, (0, 1), has_aux=True)(jnp.float32(hidden), jnp.float32(table))
+    gradients, (total, nll) = jax.jit(jax.grad(weighted, (0, 1), has_aux=True))(jnp.float32(hidden), jnp.float32(table))
     np.testing.assert_allclose(nll, expected, atol=1e-5)
     np.testing.assert_allclose(total, expected.sum(), rtol=1e-5)
     np.testing.assert_allclose(gradients[0], 3 * hidden_gradient, atol=2e-5)

@@ -287,10 +287,8 @@ def make_log_probs(config: Config, params: Params) -> LogProbs:
     def log_probs(params: Params, batch: Batch) -> jax.Array:
         with activation_mesh(mesh):
             output = build(config.model, config.objective, params)(batch)
-            return -text_nll(
-                output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, config.loss.text_chunk,
-                config.num_row_shards,
-            )[1]  # fmt: skip
+            chunk = config.loss.text_chunk
+            return -text_nll(output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, chunk)[1]
 
     def score(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         return np.asarray(jax.device_get(log_probs(params, to_global(arrays, mesh))))

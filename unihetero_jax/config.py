@@ -266,12 +266,21 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; their product is the number of devices used."""
+    """Devices along each mesh axis; their product is the number of devices used.
+
+    Attributes:
+        data: rows, parameters repeated.
+        fsdp: rows and parameters.
+        tensor: heads, hidden units and vocabulary.
+        context: positions of the language model's rows; the encoder is repeated.
+        num_slices: `data` runs over so many slices first, which a slower network joins.
+    """
 
     data: int
     fsdp: int
     tensor: int
     context: int
+    num_slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,11 +332,6 @@ class Config:
     mesh: MeshConfig
     eval: EvalConfig
     diagnostics: DiagnosticsConfig
-
-    @property
-    def num_row_shards(self) -> int:
-        """Parts into which the rows of a batch are split over devices; replicates all see the whole batch."""
-        return 1 if self.train.num_replicates > 1 else self.mesh.data * self.mesh.fsdp
 
     def __hash__(self) -> int:
         """Of the values: mappings have no hash, and compiled functions are cached by configuration."""
@@ -650,8 +654,8 @@ def _validate_run(config: Config) -> list[str]:
             "optimizer.frozen freezes every component: nothing would train",
         ),
         (
-            train.num_replicates == 1 or config.mesh.fsdp == config.mesh.tensor == 1,
-            "train.num_replicates > 1 shards replicates over mesh.data: set mesh.fsdp and mesh.tensor to 1",
+            train.num_replicates == 1 or config.mesh.fsdp == config.mesh.tensor == config.mesh.context == 1,
+            "train.num_replicates > 1 shards replicates over mesh.data alone: set mesh.fsdp, tensor and context to 1",
         ),
         (
             train.num_replicates < 1
@@ -688,19 +692,26 @@ def _validate_run(config: Config) -> list[str]:
         ),
         "checkpoint": (config.checkpoint, ("every_steps", "keep_last")),
         "eval": (config.eval, ("batch_rows", "rollout_candidates")),
-        "mesh": (config.mesh, ("data", "fsdp", "tensor", "context")),
+        "mesh": (config.mesh, ("data", "fsdp", "tensor", "context", "num_slices")),
     }
     return _broken(rules) + _not_positive(positive)
 
 
 def _validate_mesh(config: Config) -> list[str]:
     mesh, model, train = config.mesh, config.model, config.train
-    if min(mesh.data, mesh.fsdp, mesh.tensor, mesh.context, train.accumulation_steps) < 1:
+    if min(*dataclasses.astuple(mesh), train.accumulation_steps) < 1:
         return []  # already reported
     row_shards = mesh.data * mesh.fsdp
     microbatch = train.global_batch_rows // train.accumulation_steps
     rules = [
-        (mesh.context == 1, f"mesh.context {mesh.context}: only 1 is supported in this version"),
+        (
+            config.data.row_tokens % mesh.context == 0,
+            f"data.row_tokens {config.data.row_tokens} must be a multiple of mesh.context {mesh.context}",
+        ),
+        (
+            mesh.data % mesh.num_slices == 0,
+            f"mesh.data {mesh.data} must be a multiple of mesh.num_slices {mesh.num_slices}: data crosses slices",
+        ),
         (
             train.num_replicates > 1 or microbatch % row_shards == 0,
             f"rows per microbatch {microbatch} must be a multiple of mesh.data x mesh.fsdp = {row_shards}",

@@ -138,10 +138,7 @@ def compute_loss(
         weight: lambda.
         denominators: from `count_targets` of the *whole* batch.
     """
-    total, nll = text_nll(
-        output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, config.loss.text_chunk,
-        config.num_row_shards,
-    )  # fmt: skip
+    total, nll = text_nll(output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, config.loss.text_chunk)
     sums, counts = {"text": total}, {"text": jnp.sum(batch.text_loss_mask, dtype=jnp.float32)}
     num_sources = len(config.data.sources)
     sums["text_by_source"], counts["text_by_source"] = _by_source(nll, batch.text_loss_mask, batch, num_sources)

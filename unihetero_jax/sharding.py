@@ -7,16 +7,19 @@ decides what they mean on a mesh.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unihetero_jax.arrays import Batch
 from unihetero_jax.config import MeshConfig
 
+MESH_AXES = ("data", "fsdp", "tensor", "context")
 ROWS = ("data", "fsdp")
 """Mesh axes over which the rows of a batch are split."""
 
@@ -31,29 +34,48 @@ LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "layers": None,
     "replicated": None,
 }
-"""Logical axis -> mesh axis. FSDP splits the width of parameters, tensor parallelism their heads and hidden units."""
+"""Logical axis -> mesh axis. FSDP splits the width of parameters, tensor parallelism their heads and hidden units,
+context parallelism the positions of the language model's rows; the encoder's patches are repeated over `context`."""
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+_by_hand: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("by_hand", default=None)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first data x fsdp x tensor x context devices, with Auto axis types.
 
-    `jax.make_mesh` defaults to Explicit axes, under which an embedding lookup is refused; so the types are named.
+    `jax.make_mesh` defaults to Explicit axes, under which an embedding lookup is refused; so the types are named. With
+    several slices, `data` is the axis that crosses them: only gradients travel over the data-centre network.
 
     Raises:
-        ValueError: if there are fewer devices than the mesh needs.
+        ValueError: if there are fewer devices than the mesh needs, or other slices than it names.
     """
     shape = (config.data, config.fsdp, config.tensor, config.context)
-    names = ("data", "fsdp", "tensor", "context")
     devices = jax.devices() if devices is None else devices
     needed = int(np.prod(shape))
     if needed > len(devices):
         raise ValueError(
-            f"mesh {dict(zip(names, shape, strict=True))} needs {needed} devices, this process sees {len(devices)}; "
-            "lower mesh.data, mesh.fsdp or mesh.tensor"
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices, this process sees "
+            f"{len(devices)}; lower mesh.data, mesh.fsdp, mesh.tensor or mesh.context"
         )
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names), devices=devices[:needed])
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    if config.num_slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[:needed])
+    return Mesh(_grid_of_slices(shape, config.num_slices, devices[:needed]), MESH_AXES, axis_types=types)
+
+
+def _grid_of_slices(shape: tuple[int, ...], num_slices: int, devices: Sequence[Any]) -> np.ndarray:
+    """Devices of a mesh whose first axis runs over the slices, and then within each."""
+    within = (shape[0] // num_slices, *shape[1:])
+    found = {getattr(device, "slice_index", None) for device in devices}
+    if len(found) == num_slices:
+        between = (num_slices, *(1 for _ in shape[1:]))
+        return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    if devices[0].platform == "tpu":
+        raise ValueError(f"mesh.num_slices {num_slices}: the devices are of {len(found)} slices; set it to that")
+    # Only TPUs say what slice they are in; elsewhere the order of the devices is that of the hosts.
+    parts = np.array(devices, dtype=object).reshape(num_slices, -1)
+    return np.concatenate([mesh_utils.create_device_mesh(within, list(part)) for part in parts])
 
 
 def partition_spec(logical_axes: tuple[str, ...]) -> PartitionSpec:
@@ -120,3 +142,86 @@ def constrain(x: jax.Array, *logical_axes: str) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(logical_axes)))
+
+
+def by_device(
+    function: Callable[..., Any], in_axes: Sequence[tuple[str, ...]], out_axes: Sequence[tuple[str, ...]]
+) -> Callable[..., Any]:
+    """`function` of the part of each argument that a device holds, under the mesh in force; without one, of the whole.
+
+    Where the compiler would choose badly, this fixes what is computed where and what travels. Within `function`,
+    `sum_over` and its relatives combine the parts.
+
+    Args:
+        function: arrays in, tuple of arrays out.
+        in_axes: logical axes of each argument; one that a device needs whole is `replicated` there.
+        out_axes: those of each result. A result is the same on the devices along mesh axes that it does not name.
+    """
+    mesh = _mesh.get()
+    if mesh is None or mesh.size == 1:
+        return function
+
+    def on_one(*parts: jax.Array) -> Any:
+        token = _by_hand.set(mesh)
+        try:
+            return function(*parts)
+        finally:
+            _by_hand.reset(token)
+
+    specs = [tuple(partition_spec(axes) for axes in group) for group in (in_axes, out_axes)]
+    return jax.shard_map(on_one, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+
+def sum_over(x: jax.Array, *logical_axes: str) -> jax.Array:
+    """Within `by_device`: the sum over the devices that these axes are split over."""
+    axes = _mesh_axes(logical_axes)
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def max_over(x: jax.Array, *logical_axes: str) -> jax.Array:
+    """Within `by_device`: the maximum over the devices that these axes are split over."""
+    axes = _mesh_axes(logical_axes)
+    return jax.lax.pmax(x, axes) if axes else x
+
+
+def own_part(index: jax.Array, num_own: int, logical_axis: str) -> tuple[jax.Array, jax.Array]:
+    """Within `by_device`: where global indices lie in the device's part of an axis.
+
+    Args:
+        index: indices along the whole axis.
+        num_own: length of the device's part.
+        logical_axis: the axis.
+
+    Returns:
+        Indices into the part, 0 for those that lie elsewhere; and which do not.
+    """
+    axes = _mesh_axes((logical_axis,))
+    place = index - (jax.lax.axis_index(axes) * num_own if axes else 0)
+    is_own = (place >= 0) & (place < num_own)
+    return jnp.where(is_own, place, 0), is_own
+
+
+def sum_to_parts(x: jax.Array, over: Sequence[str], axes: tuple[str, ...]) -> jax.Array:
+    """Within `by_device`: the sum over the devices along `over`, of which each keeps the part that `axes` give it.
+
+    Args:
+        x: a whole array but for dimensions that are split along other mesh axes than those of `over`.
+        over: logical axes.
+        axes: logical axes of x.
+    """
+    spec = partition_spec(axes)
+    for name in _mesh_axes(over):
+        split = [dim for dim, entry in enumerate(spec) if name == entry or name in (entry or ())]
+        if split:
+            x = jax.lax.psum_scatter(x, name, scatter_dimension=split[0], tiled=True)
+        else:
+            x = jax.lax.psum(x, name)
+    return x
+
+
+def _mesh_axes(logical_axes: Sequence[str]) -> tuple[str, ...]:
+    """Mesh axes that these logical axes are split over, where arrays are handled by the device's part."""
+    if _by_hand.get() is None:
+        return ()
+    targets = [LOGICAL_RULES[name] or () for name in logical_axes]
+    return tuple(axis for target in targets for axis in ((target,) if isinstance(target, str) else target))

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unihetero_jax import optim
 from unihetero_jax.arrays import Batch, LossOutput, StepMetrics
@@ -88,14 +88,19 @@ def _where(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-def make_eval_step(config: Config) -> Callable[[TrainState, Batch], LossOutput]:
+def make_eval_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], LossOutput]:
     """The losses of a batch without any update, jitted; with replicates, of every replicate."""
+    replicates = config.train.num_replicates > 1
 
     def eval_step(state: TrainState, batch: Batch) -> LossOutput:
         weight = visual_weight(config.loss, state.step)
         return loss_terms(config, state.params, state.ema, batch, weight, count_targets(batch))
 
-    return jax.jit(eval_step if config.train.num_replicates == 1 else jax.vmap(eval_step, in_axes=(0, None)))
+    def on_mesh(state: TrainState, batch: Batch) -> LossOutput:
+        with activation_mesh(None if replicates else mesh):
+            return (jax.vmap(eval_step, in_axes=(0, None)) if replicates else eval_step)(state, batch)
+
+    return jax.jit(on_mesh, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def batch_hash(batch: Batch) -> jax.Array:

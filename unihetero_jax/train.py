@@ -193,7 +193,7 @@ def _make_validation(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Callab
     """
     for name in config.data.sources:
         open_split(config, tokenizer, name, "val").close()
-    eval_step = step.make_eval_step(config)
+    eval_step = step.make_eval_step(config, mesh)
     is_replicated = config.train.num_replicates > 1
 
     def validate(state: TrainState) -> dict[str, Any]:

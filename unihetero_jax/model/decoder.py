@@ -8,7 +8,16 @@ from jaxtyping import Array, Bool, Float, Int
 from unihetero_jax.arrays import Cache, typechecked
 from unihetero_jax.config import DecoderConfig
 from unihetero_jax.model.attention import attend, rotate
-from unihetero_jax.model.layers import GatedMLP, Linear, ParamKeys, RMSNorm, parameter, scan_layers, stack_layers
+from unihetero_jax.model.layers import (
+    GatedMLP,
+    Linear,
+    ParamKeys,
+    RMSNorm,
+    lookup,
+    parameter,
+    scan_layers,
+    stack_layers,
+)
 
 
 class Attention(nnx.Module):
@@ -80,8 +89,9 @@ class Decoder(nnx.Module):
         normal = nnx.initializers.normal(embedding_rms)
         table, grid = (config.vocab_size, config.dim), (config.max_grid + 1, config.dim)
         self.embedding = parameter(keys, "embedding", table, normal, ("vocab", "embed"))
-        self.grid_height = parameter(keys, "grid_height", grid, normal, ("replicated", "embed"))
-        self.grid_width = parameter(keys, "grid_width", grid, normal, ("replicated", "embed"))
+        # Small, and looked up by row: split by width, every lookup would be brought together by a collective.
+        self.grid_height = parameter(keys, "grid_height", grid, normal, ("replicated", "replicated"))
+        self.grid_width = parameter(keys, "grid_width", grid, normal, ("replicated", "replicated"))
         self.blocks = stack_layers(lambda k: DecoderBlock(config, k), config.num_layers, keys.child("blocks"))
         self.norm = RMSNorm(config.dim, config.norm_eps, keys.child("norm"))
         if not config.tied_embeddings:
@@ -99,7 +109,7 @@ class Decoder(nnx.Module):
         """Token embeddings; `<boi>` also carries its image's grid, which is known before any visual target."""
         grid = self.grid_height[...][boi_grid[..., 0]] + self.grid_width[...][boi_grid[..., 1]]
         is_boi = (boi_grid[..., :1] > 0).astype(grid.dtype)
-        return (self.embedding[...][tokens] + grid * is_boi).astype(dtype)
+        return (lookup(self.embedding[...], tokens, dtype) + grid * is_boi).astype(dtype)
 
     @typechecked
     def __call__(

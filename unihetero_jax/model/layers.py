@@ -1,6 +1,7 @@
 """Building blocks: parameters by path, linear maps, norms, feed-forward parts, and the scan over stacked layers."""
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from unihetero_jax.arrays import typechecked
 from unihetero_jax.config import Remat
+from unihetero_jax.sharding import by_device, own_part, sum_over, sum_to_parts
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -113,6 +115,45 @@ class GatedMLP(nnx.Module):
     @typechecked
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows `[B, S, D]` of a table `float32[V, D]` of logical axes vocab and embed, in `dtype`.
+
+    On a mesh every device gathers the table's width once and looks up its own positions; a compiler that has to bring a
+    row split by width and a batch split by rows together copies everything to every device instead.
+    """
+    rows = (*_POSITIONS, "replicated")
+    return by_device(_own_rows, (("vocab", "replicated"), _POSITIONS), (rows,))(table.astype(dtype), ids)[0]
+
+
+_POSITIONS = ("batch", "sequence")
+
+
+def _own_rows(table: jax.Array, ids: jax.Array) -> tuple[jax.Array]:
+    place, is_own = own_part(ids, table.shape[0], "vocab")
+    return (sum_over(jnp.where(is_own[..., None], table[place], 0), "vocab"),)
+
+
+def _lookup_forward(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, Any]:
+    return lookup(table, ids, dtype), (table, ids)
+
+
+def _lookup_backward(dtype: jnp.dtype, residuals: Any, gradient: jax.Array) -> tuple[jax.Array, None]:
+    table, ids = residuals
+
+    def add(like: jax.Array, ids: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+        place, is_own = own_part(ids, like.shape[0], "vocab")
+        rows = jnp.where(is_own[..., None], gradient, 0).astype(jnp.float32)
+        total = jnp.zeros((like.shape[0], rows.shape[-1]), jnp.float32).at[place].add(rows)
+        return (sum_to_parts(total, _POSITIONS, ("vocab", "embed")),)
+
+    in_axes = (("vocab", "embed"), _POSITIONS, (*_POSITIONS, "replicated"))
+    return by_device(add, in_axes, (("vocab", "embed"),))(table, ids, gradient)[0], None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def stack_layers(make: Callable[[ParamKeys], Module], num_layers: int, keys: ParamKeys) -> Module:

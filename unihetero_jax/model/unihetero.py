@@ -72,7 +72,7 @@ class UniHetero(nnx.Module):
         features = self.encoder(
             batch.patches, batch.patch_segment_ids, batch.patch_coords, batch.patch_grid, self.dtype
         )
-        merged = merge_patches(constrain(features, "batch", "sequence", "replicated"))
+        merged = merge_patches(constrain(features, "batch", "replicated", "replicated"))
         return VisionOutput(merged, self.projector(merged))
 
     @typechecked
