@@ -45,6 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 },
                 "semantic_head": {"hidden_dim": 256},
                 "compute_dtype": "float32",
+                "attention_backend": "auto",
             },
             "loss": {
                 "visual_weight": 1.0,
@@ -87,6 +88,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "image_max_patches": 36,
                 "num_data_shards": 8,
                 "window_size": 2048,
+                "turns": "branches",
                 "planned_draws": 0,
                 "num_threads": 2,
                 "prefetch_batches": 4,

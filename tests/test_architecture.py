@@ -16,31 +16,31 @@ PACKAGE = "unihetero_jax"
 SOURCE_FOLDERS = (PACKAGE, "experiments", "data_pipelines", "benchmarks")
 
 LAYERS: list[set[str]] = [
-    {"arrays", "config", "storage"},
+    {"arrays", "config", "storage", "topology", "hlo"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
         "data.row_plan", "command_line", "workdir",
     },
     {
         "state", "metrics", "integrity", "data.shards", "data.sources", "data.transforms", "data.roles", "data.packing",
-        "inference.sampling", "model.layers", "model.attention", "model.vision_encoder", "model.semantic_encoder",
-        "model.decoder", "model.semantic_head", "text_loss",
+        "inference.sampling", "model.layers", "model.splash", "model.attention", "model.vision_encoder",
+        "model.semantic_encoder", "model.decoder", "model.semantic_head", "text_loss",
     },
-    {"model.unihetero", "objectives", "data.mixture", "checkpoint"},
+    {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline"},
     {"inference", "hf_weights", "step", "gradient_table", "reporting", "data_stats", "stored_steps"},
-    {"train", "evaluation", "scaling", "report"},
+    {"train", "evaluation", "scaling", "report", "compile_ahead", "explain"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 34
-MAX_CLOSURE_LINES = 8200
+MAX_CLOSURE_MODULES = 35
+MAX_CLOSURE_LINES = 8400
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
 Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its lock, the
-digests and the opening of sources are modules of their own, so that each file stays short; a third of the lines are
-docstrings.
+digests, the TPU's attention and the opening of sources are modules of their own, so that each file stays short; a third
+of the lines are docstrings.
 """
 
 SHOWN_AS_LOADED = {"data_pipelines.report": {"packing", "row_plan", "transforms"}}

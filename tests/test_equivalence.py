@@ -1,6 +1,7 @@
 """The same numbers by different roads: packed or alone, cached or whole, one device or eight, one batch or parts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from unihetero_jax.data.packing import PackedSample, TokenPiece
 from unihetero_jax.inference.generate import decode
 from unihetero_jax.inference.rollout import rollout
 from unihetero_jax.inference.sampling import GREEDY
+from unihetero_jax.model.attention import attend
 from unihetero_jax.model.unihetero import build
 from unihetero_jax.sharding import make_mesh, to_global
 from unihetero_jax.state import TrainState
@@ -84,7 +86,8 @@ def test_rollout_equals_feeding_predictions_back_by_hand(objective):
     x = model.decoder.embed(batch.tokens, batch.boi_grid, model.dtype)
     for position in range(num_tokens):
         length = x.shape[1]
-        hidden = model.decoder(x, jnp.arange(length)[None], jnp.tril(jnp.ones((1, length, length), bool)))
+        mask = jnp.tril(jnp.ones((1, length, length), bool))
+        hidden = model.decoder(x, jnp.arange(length)[None], functools.partial(attend, mask=mask))
         predicted = model.predict_embedding(hidden[:, -1])
         np.testing.assert_allclose(rolled[position], predicted[0], atol=1e-5)
         x = jnp.concatenate([x, predicted[:, None]], axis=1)

@@ -1,5 +1,7 @@
 """Building blocks against numpy, jax.image and, where it is installed, torch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,10 +70,10 @@ def test_scanned_layers_equal_one_after_another(remat, num_layers):
     config = make_tiny_config(model__encoder__num_layers=num_layers).model.encoder
     blocks = stack_layers(lambda keys: EncoderBlock(config, keys), num_layers, KEYS)
     x = jnp.asarray(np.random.default_rng(4).standard_normal((1, 8, config.dim)), jnp.float32)
-    mask = jnp.ones((1, 8, 8), bool)
-    together, _ = scan_layers(blocks, x, lambda block, x, _: (block(x, mask), None), remat)
+    attention = functools.partial(attend, mask=jnp.ones((1, 8, 8), bool))
+    together, _ = scan_layers(blocks, x, lambda block, x, _: (block(x, attention), None), remat)
     for i in range(num_layers):
-        x = EncoderBlock(config, KEYS.child(str(i)))(x, mask)
+        x = EncoderBlock(config, KEYS.child(str(i)))(x, attention)
     np.testing.assert_allclose(together, x, atol=1e-4)
 
 

@@ -1,5 +1,7 @@
 """The model in bfloat16, the variants of the decoder, and attention, against float32 and plain numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -214,7 +216,7 @@ def test_the_decoder_is_its_blocks_in_numpy(variant):
     @jax.jit
     def forward(params, x, positions, mask):
         model = unihetero.build(config.model, config.objective, params)
-        return model.decoder(x, positions, mask), model.decoder.unembedding
+        return model.decoder(x, positions, functools.partial(attend, mask=mask)), model.decoder.unembedding
 
     hidden, unembedding = forward(params, x, positions, mask)
     decoder = jax.tree.map(lambda x: np.asarray(x, np.float64), params["decoder"])

@@ -10,7 +10,7 @@ import small
 from conftest import make_tiny_config
 
 from unihetero_jax import objectives, step
-from unihetero_jax.model.attention import decoder_mask, encoder_mask
+from unihetero_jax.model.attention import decoder_attention, decoder_mask, encoder_mask
 from unihetero_jax.model.unihetero import build
 from unihetero_jax.model.vision_encoder import merge_patches
 from unihetero_jax.objectives import compute_loss, count_targets
@@ -49,9 +49,9 @@ def hidden_after_change(change):
     config, params, batch = make_tiny_config(), small.params_of(), small.mixed_batch(0, 1)
     model = build(config.model, config.objective, params)
     x = model.embed(batch, model.see(batch))
-    mask = decoder_mask(batch.segment_ids, batch.branch_ids)
-    before = model.decoder(x, batch.positions, mask)
-    after = model.decoder(change(x), batch.positions, mask)
+    attention = decoder_attention("dense", batch.segment_ids, batch.branch_ids)
+    before = model.decoder(x, batch.positions, attention)
+    after = model.decoder(change(x), batch.positions, attention)
     return np.abs(np.asarray(model.semantic_head(after) - model.semantic_head(before))).max(axis=-1)[0], batch
 
 

@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 Objective = Literal["understanding", "semantic_input", "semantic_encoder"]
 Component = Literal["encoder", "projector", "decoder", "semantic_head"]
 Remat = Literal["none", "dots", "full"]
+AttentionBackend = Literal["auto", "dense", "jax_nn", "splash"]
+Turns = Literal["branches", "repeated_prefix"]
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 MERGED_PATCHES = 4
 """Patches per visual token (2x2 merge)."""
@@ -90,13 +92,19 @@ class SemanticHeadConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture. `compute_dtype` is that of activations; parameters and losses are always float32."""
+    """The architecture. `compute_dtype` is that of activations; parameters and losses are always float32.
+
+    `attention_backend` computes attention over whole rows: with a dense mask (`dense`, `jax_nn`), or by a kernel that
+    needs none and skips what segments leave empty (`splash`). `auto`: by the platform of the devices that the step is
+    compiled for, splash on TPU, jax_nn on GPU, else dense. It has a default since it came after 0.1.0.
+    """
 
     encoder: EncoderConfig
     projector: ProjectorConfig
     decoder: DecoderConfig
     semantic_head: SemanticHeadConfig
     compute_dtype: Literal["float32", "bfloat16"]
+    attention_backend: AttentionBackend = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +223,8 @@ class DataConfig:
         num_threads: threads that read and decode rows (no part of the stream).
         prefetch_batches: batches prepared ahead (no part of the stream).
         max_failed_share: share of a source's samples that may fail to read or decode before the run stops.
+        turns: independent turns of a sample are branches over one prefix, or each repeats the prefix as a segment of
+            its own, which a kernel that knows segments alone needs; it takes more positions, and an index of its own.
         planned_draws: draws at which a `weight_schedule` has run its course; 0 where no source has one.
         verify_digests: compare each shard file's content with its digest when it is read first; else sizes alone.
         cache_dir: where record files of a bucket are copied to; empty: the system's temporary folder.
@@ -233,6 +243,7 @@ class DataConfig:
     num_threads: int
     prefetch_batches: int
     max_failed_share: float
+    turns: Turns = "branches"
     planned_draws: int = 0
     verify_digests: bool = True
     cache_dir: str = ""
@@ -656,6 +667,16 @@ def _validate_run(config: Config) -> list[str]:
         (
             train.num_replicates == 1 or config.mesh.fsdp == config.mesh.tensor == config.mesh.context == 1,
             "train.num_replicates > 1 shards replicates over mesh.data alone: set mesh.fsdp, tensor and context to 1",
+        ),
+        (
+            train.num_replicates == 1 or config.model.attention_backend != "splash",
+            "model.attention_backend=splash cannot be split over replicates; set it to auto or dense, or "
+            "train.num_replicates to 1",
+        ),
+        (
+            config.model.attention_backend != "splash" or config.data.turns == "repeated_prefix",
+            "model.attention_backend=splash cannot mask independent turns of a sample; set "
+            "data.turns=repeated_prefix, or model.attention_backend=dense",
         ),
         (
             train.num_replicates < 1

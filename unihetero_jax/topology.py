@@ -7,9 +7,9 @@ devices of this machine.
 
 Figures per chip: Google Cloud's pages "TPU v5e", "TPU v5p", "TPU v6e" (cloud.google.com/tpu/docs/v5e, read in a stored
 copy); there the network is given in both directions together (400, 1200 and 800 GB/s), here one way, as older editions
-of the same pages do (1,600 and 4,800 Gbps). NVIDIA's H100 and H200 SXM data sheets (989 TFLOP/s dense bfloat16, 3.35 and
-4.8 TB/s, NVLink 900 GB/s both ways): the clock rates and memories agree with secondary sources, the data sheets
-themselves were not at hand. Gigabytes are 10^9 bytes, except that v5p's 95 are GiB.
+of the same pages do (1,600 and 4,800 Gbps). NVIDIA's H100 and H200 SXM: 989 TFLOP/s dense bfloat16, 3.35 and 4.8 TB/s,
+NVLink 900 GB/s both ways; from secondary sources, the data sheets themselves were not at hand. Gigabytes are 10^9
+bytes, except that v5p's 95 are GiB.
 """
 
 import dataclasses

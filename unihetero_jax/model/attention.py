@@ -1,10 +1,19 @@
-"""Attention: who may see whom in packed rows, rotary positions, and the product itself."""
+"""Attention: who may see whom in packed rows, rotary positions, and the product itself, by one of three back ends."""
+
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import typechecked
+from unihetero_jax.config import AttentionBackend
+from unihetero_jax.model.splash import Order, splash_attend
+from unihetero_jax.sharding import current_platform, map_over_devices
+
+RowAttention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Of whole rows: query [B, T, H, d], key and value [B, T, G, d] to [B, T, H * d]; knows who may see whom."""
 
 
 @typechecked
@@ -86,3 +95,86 @@ def attend(
     summed = jnp.matmul(folded_weights, value.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32)
     out = summed.reshape(num_rows, num_groups, -1, length, head_dim) / jnp.sum(weights, axis=-1)[..., None]
     return out.astype(value.dtype).transpose(0, 3, 1, 2, 4).reshape(num_rows, length, -1)
+
+
+def choose_backend(choice: AttentionBackend, platform: str | None) -> Literal["dense", "jax_nn", "splash"]:
+    """What `auto` stands for on the devices of a mesh: splash on TPU, jax.nn on GPU, dense elsewhere.
+
+    Without a mesh (generation, replicates) it is dense everywhere: a kernel cannot be partitioned by the compiler.
+    """
+    if choice != "auto":
+        return choice
+    match platform:
+        case "tpu":
+            return "splash"
+        case "gpu":
+            return "jax_nn"
+        case _:
+            return "dense"
+
+
+def decoder_attention(
+    choice: AttentionBackend, segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"]
+) -> RowAttention:
+    """Attention of the language model over whole rows, ready to be used by every layer.
+
+    What can be computed once is computed here. The splash kernel compares segment ids alone: samples with several turns
+    have to come with their prefix repeated (`data.turns`), which `require_segments_alone` sees to.
+    """
+    backend = choose_backend(choice, current_platform())
+    if backend == "splash":
+        return _splash(segment_ids, "causal", None, "sequence")
+    return _masked(backend, decoder_mask(segment_ids, branch_ids))
+
+
+def encoder_attention(
+    choice: AttentionBackend, patch_segment_ids: Int[Array, "B P"], causal: bool, max_patches: int
+) -> RowAttention:
+    """Attention of the vision encoder over whole rows of patches; no image has more than `max_patches`."""
+    backend = choose_backend(choice, current_platform())
+    if backend == "splash":
+        return _splash(patch_segment_ids, "block_causal" if causal else "full", max_patches, "replicated")
+    return _masked(backend, encoder_mask(patch_segment_ids, causal))
+
+
+def require_segments_alone(choice: AttentionBackend, turns: Literal["branches", "repeated_prefix"]) -> None:
+    """Raises ValueError if turns are laid out as branches for a back end that knows segments alone."""
+    if choose_backend(choice, current_platform()) == "splash" and turns == "branches":
+        raise ValueError(
+            "model.attention_backend auto means splash on these devices, which cannot mask independent turns of a "
+            "sample; set data.turns=repeated_prefix, or model.attention_backend=dense or jax_nn"
+        )
+
+
+def _masked(backend: Literal["dense", "jax_nn"], mask: jax.Array) -> RowAttention:
+    function = attend if backend == "dense" else attend_by_library
+    return lambda query, key, value: function(query, key, value, mask)
+
+
+def _splash(ids: jax.Array, order: Order, max_segment: int | None, query_axis: str) -> RowAttention:
+    """Rows and heads are split over devices, the queries along `query_axis`; every device sees all keys of its rows."""
+    interpret = (current_platform() or jax.default_backend()) != "tpu"
+
+    def on_device(query, key, value, query_ids, key_ids, query_index):
+        return splash_attend(query, key, value, query_ids, key_ids, query_index, order, max_segment, interpret)
+
+    queries, keys = ("batch", query_axis, "heads", "replicated"), ("batch", "replicated", "heads", "replicated")
+    in_axes = (queries, keys, keys, ("batch", query_axis), ("batch", "replicated"), (query_axis,))
+    mapped = map_over_devices(on_device, in_axes, ("batch", query_axis, "heads"))
+    index = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    return lambda query, key, value: mapped(query, key, value, ids, ids, index)
+
+
+@typechecked
+def attend_by_library(
+    query: Float[Array, "B T H d"],
+    key: Float[Array, "B K G d"],
+    value: Float[Array, "B K G d"],
+    mask: Bool[Array, "B T K"],
+) -> Float[Array, "B T H*d"]:
+    """The same function by `jax.nn.dot_product_attention`, which chooses an implementation for the device.
+
+    The back end for GPUs. Tested on a CPU with its XLA implementation; no GPU was at hand to measure it on.
+    """
+    out = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+    return out.reshape(*query.shape[:2], -1)

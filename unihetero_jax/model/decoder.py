@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import Cache, typechecked
 from unihetero_jax.config import DecoderConfig
+<<<<<<< HEAD
 from unihetero_jax.model.attention import attend, rotate
 from unihetero_jax.model.layers import (
     GatedMLP,
@@ -18,6 +19,10 @@ from unihetero_jax.model.layers import (
     scan_layers,
     stack_layers,
 )
+=======
+from unihetero_jax.model.attention import RowAttention, attend, rotate
+from unihetero_jax.model.layers import GatedMLP, Linear, ParamKeys, RMSNorm, parameter, scan_layers, stack_layers
+>>>>>>> attention
 
 
 class Attention(nnx.Module):
@@ -58,11 +63,11 @@ class DecoderBlock(nnx.Module):
 
     @typechecked
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attention: RowAttention
     ) -> Float[Array, "B T D"]:
         """Whole rows."""
         query, key, value = self.attention.project(self.attention_norm(x), positions)
-        x = x + self.attention.out(attend(query, key, value, mask))
+        x = x + self.attention.out(attention(query, key, value))
         return x + self.mlp(self.mlp_norm(x))
 
     @typechecked
@@ -113,9 +118,12 @@ class Decoder(nnx.Module):
 
     @typechecked
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attention: RowAttention
     ) -> Float[Array, "B T D"]:
-        x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, positions, mask), None), self.config.remat)
+        """Whole rows; `attention` from `decoder_attention`."""
+        x, _ = scan_layers(
+            self.blocks, x, lambda block, x, _: (block(x, positions, attention), None), self.config.remat
+        )
         return self.norm(x)
 
     @typechecked

@@ -17,8 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from unihetero_jax.arrays import Batch, Cache, ModelOutput, VisionOutput, typechecked
-from unihetero_jax.config import ModelConfig, Objective
-from unihetero_jax.model.attention import decoder_mask
+from unihetero_jax.config import MERGED_PATCHES, ModelConfig, Objective
+from unihetero_jax.model.attention import decoder_attention, encoder_attention
 from unihetero_jax.model.decoder import Decoder
 from unihetero_jax.model.layers import ParamKeys
 from unihetero_jax.model.semantic_encoder import Projector, token_embedding_rms
@@ -61,7 +61,8 @@ class UniHetero(nnx.Module):
         """
         vision = self.see(batch)
         x = constrain(self.embed(batch, vision, cut_input_gradient), "batch", "sequence", "replicated")
-        hidden = self.decoder(x, batch.positions, decoder_mask(batch.segment_ids, batch.branch_ids))
+        attention = decoder_attention(self.config.attention_backend, batch.segment_ids, batch.branch_ids)
+        hidden = self.decoder(x, batch.positions, attention)
         hidden = constrain(hidden, "batch", "sequence", "replicated")
         predicted = self.semantic_head(hidden) if self.has_head else None
         return ModelOutput(hidden, x, vision, predicted, self.decoder.unembedding)
@@ -69,9 +70,11 @@ class UniHetero(nnx.Module):
     @typechecked
     def see(self, batch: Batch) -> VisionOutput:
         """The vision path alone: Visual Encoder, merge, Semantic Encoder."""
-        features = self.encoder(
-            batch.patches, batch.patch_segment_ids, batch.patch_coords, batch.patch_grid, self.dtype
-        )
+        # A strip one visual token high is the longest image that the grid table allows.
+        max_patches = MERGED_PATCHES * self.config.decoder.max_grid
+        causal = self.config.encoder.attention == "causal"
+        attention = encoder_attention(self.config.attention_backend, batch.patch_segment_ids, causal, max_patches)
+        features = self.encoder(batch.patches, batch.patch_coords, batch.patch_grid, attention, self.dtype)
         merged = merge_patches(constrain(features, "batch", "replicated", "replicated"))
         return VisionOutput(merged, self.projector(merged))
 
@@ -79,11 +82,11 @@ class UniHetero(nnx.Module):
     def embed(self, batch: Batch, vision: VisionOutput, cut_input_gradient: bool = False) -> Float[Array, "B T D"]:
         """`X`: token embeddings, with visual embeddings at visual positions."""
         tokens = self.decoder.embed(batch.tokens, batch.boi_grid, self.dtype)
-        visual = jnp.take_along_axis(vision.visual_embeddings, batch.visual_index[..., None], axis=1)
+        embeddings = vision.visual_embeddings
         if cut_input_gradient:
-            same_sample = batch.segment_ids[:, :, None] == batch.segment_ids[:, None, :]
-            is_cut = jnp.any(same_sample & batch.visual_loss_mask[:, None, :], axis=-1, keepdims=True)
-            visual = jnp.where(is_cut, jax.lax.stop_gradient(visual), visual)
+            is_cut = _of_samples_with_visual_loss(batch, embeddings.shape[1])[..., None]
+            embeddings = jnp.where(is_cut, jax.lax.stop_gradient(embeddings), embeddings)
+        visual = jnp.take_along_axis(embeddings, batch.visual_index[..., None], axis=1)
         return jnp.where(batch.visual_mask[..., None], visual, tokens)
 
     @typechecked
@@ -121,6 +124,18 @@ class UniHetero(nnx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.compute_dtype)
+
+
+def _of_samples_with_visual_loss(batch: Batch, num_visual: int) -> jax.Array:
+    """Which visual tokens belong to a sample with an image that carries the visual loss, bool[B, U].
+
+    By token, not by position: where turns repeat their prefix, only its first copy carries the loss.
+    """
+    num_rows, length = batch.segment_ids.shape
+    rows = jnp.arange(num_rows)[:, None]
+    has_loss = jnp.zeros((num_rows, length + 1), bool).at[rows, batch.segment_ids].max(batch.visual_loss_mask)
+    is_cut = jnp.take_along_axis(has_loss, batch.segment_ids, axis=1) & batch.visual_mask
+    return jnp.zeros((num_rows, num_visual), bool).at[rows, batch.visual_index].max(is_cut)
 
 
 def head_target_dim(config: ModelConfig, objective: Objective) -> int:

@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from unihetero_jax.arrays import typechecked
 from unihetero_jax.config import MERGED_PATCHES, EncoderConfig
-from unihetero_jax.model.attention import attend, encoder_mask
+from unihetero_jax.model.attention import RowAttention
 from unihetero_jax.model.layers import MLP, LayerNorm, Linear, ParamKeys, parameter, scan_layers, stack_layers
 
 NORM_EPS = 1e-6
@@ -42,11 +42,11 @@ class EncoderBlock(nnx.Module):
         self.mlp = MLP(dim, config.mlp_dim, dim, ("vision_embed", "vision_embed"), keys.child("mlp"))
 
     @typechecked
-    def __call__(self, x: Float[Array, "B P E"], mask: Bool[Array, "B P P"]) -> Float[Array, "B P E"]:
+    def __call__(self, x: Float[Array, "B P E"], attention: RowAttention) -> Float[Array, "B P E"]:
         normed = self.attention_norm(x)
         heads = (*x.shape[:2], self.num_heads, -1)
         query, key, value = (linear(normed).reshape(heads) for linear in (self.query, self.key, self.value))
-        x = x + self.out(attend(query, key, value, mask))
+        x = x + self.out(attention(query, key, value))
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -73,20 +73,22 @@ class VisionEncoder(nnx.Module):
     def __call__(
         self,
         patches: UInt8[Array, "B P F"],
-        patch_segment_ids: Int[Array, "B P"],
         patch_coords: Int[Array, "B P 2"],
         patch_grid: Int[Array, "B P 2"],
+        attention: RowAttention,
         dtype: jnp.dtype,
     ) -> Float[Array, "B P E"]:
-        """Pixel values arrive as uint8 and are scaled to [-1, 1] here, on the device."""
+        """Pixel values arrive as uint8 and are scaled to [-1, 1] here, on the device.
+
+        `attention` from `encoder_attention`.
+        """
         side = self.config.position_grid
         pixels = patches.astype(dtype) / 127.5 - 1.0
         rows = resize_weights(patch_coords[..., 0], patch_grid[..., 0], side)
         columns = resize_weights(patch_coords[..., 1], patch_grid[..., 1], side)
         weights = (rows[..., :, None] * columns[..., None, :]).reshape(*rows.shape[:2], side * side)
         x = self.patch(pixels) + weights.astype(dtype) @ self.position[...].astype(dtype)
-        mask = encoder_mask(patch_segment_ids, causal=self.config.attention == "causal")
-        x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, mask), None), self.config.remat)
+        x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, attention), None), self.config.remat)
         return self.norm(x)
 
     @typechecked
