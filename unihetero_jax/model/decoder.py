@@ -7,8 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import Cache, typechecked
 from unihetero_jax.config import DecoderConfig
-<<<<<<< HEAD
-from unihetero_jax.model.attention import attend, rotate
+from unihetero_jax.model.attention import RowAttention, attend, rotate
 from unihetero_jax.model.layers import (
     GatedMLP,
     Linear,
@@ -19,10 +18,6 @@ from unihetero_jax.model.layers import (
     scan_layers,
     stack_layers,
 )
-=======
-from unihetero_jax.model.attention import RowAttention, attend, rotate
-from unihetero_jax.model.layers import GatedMLP, Linear, ParamKeys, RMSNorm, parameter, scan_layers, stack_layers
->>>>>>> attention
 
 
 class Attention(nnx.Module):
