@@ -1,4 +1,4 @@
-"""The commands: train, evaluate, generate, data-stats, checkpoints."""
+"""The commands: train, evaluate, generate, data-stats, checkpoints, compile, explain."""
 
 import argparse
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from data_pipelines.scene_world import ensure_scene_world
-from unihetero_jax import data_stats, stored_steps
+from unihetero_jax import compile_ahead, data_stats, explain, stored_steps
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unihetero_jax", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="train|evaluate|generate|data-stats|checkpoints")
+    commands = parser.add_subparsers(
+        required=True, metavar="train|evaluate|generate|data-stats|checkpoints|compile|explain"
+    )
 
     trains = commands.add_parser("train", allow_abbrev=False, help="train, or go on training, the run in a workdir")
     trains.add_argument("--config", required=True, help="experiments/x.py[:argument]; fields by --config.a.b=value")
@@ -102,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     stored.add_argument("--keep-every", type=int, default=0, help="prune: and every step divisible by this")
     stored.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
     stored.set_defaults(command=_checkpoints)
+    compile_ahead.add_parser(commands)
+    explain.add_parser(commands)
     for command in (evaluates, generates):
         command.add_argument("--workdir", required=True)
         command.add_argument("--step", type=int, default=-1, help="-1: the newest that verifies")

@@ -44,7 +44,7 @@ _by_hand: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("by_hand"
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first data x fsdp x tensor x context devices, with Auto axis types.
 
-    `jax.make_mesh` defaults to Explicit axes, under which an embedding lookup is refused; so the types are named. With
+    Under Explicit axes, which jax makes by default, an embedding lookup is refused; so the types are named. With
     several slices, `data` is the axis that crosses them: only gradients travel over the data-centre network.
 
     Raises:
@@ -60,7 +60,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     if config.num_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[:needed])
+        # Not `jax.make_mesh`: it lets one mesh axis cover part of a physical one on v5e only.
+        grid = mesh_utils.create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=types)
     return Mesh(_grid_of_slices(shape, config.num_slices, devices[:needed]), MESH_AXES, axis_types=types)
 
 
