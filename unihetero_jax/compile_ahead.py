@@ -50,6 +50,8 @@ the text what is gathered, and asynchronous all-gathers overlap as well; launch 
 STRAY_BYTES = 2**20
 """Smaller gathers than this (statistics, masks) are not asked where they come from."""
 MAX_RECOMPILATIONS = 3
+TEXT_LOSS_LOOP = "shard_map/while"
+"""The one loop of the step that stops by its data, as its operation is named."""
 
 
 class TooBig(Exception):
@@ -237,7 +239,7 @@ def describe(compiled: Compiled, topology: Topology) -> dict[str, Any]:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     has_theory = config.mesh.context == 1
     theory = expected_traffic(config, shapes, axes, 4 if on_cpu else None, not on_cpu) if has_theory else None
-    collectives = hlo.read_collectives(compiled.text, text_chunks(config))
+    collectives = hlo.read_collectives(compiled.text, {TEXT_LOSS_LOOP: text_chunks(config)})
     sent = sum(item.total_sent for item in collectives)
     counts = parameter_counts(config.model, config.objective)
     state_bytes = bytes_per_device(state)

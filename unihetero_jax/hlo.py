@@ -73,19 +73,20 @@ class _Instruction:
 _Computations = Mapping[str, Sequence[_Instruction]]
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _WRAPPERS = {"async-start", "call", "fusion", "conditional", "custom-call"}
 
 
-def read_collectives(text: str, unknown_trip_count: int | None = None) -> list[Collective]:
+def read_collectives(text: str, bounds: Mapping[str, int] | None = None) -> list[Collective]:
     """The collectives of a compiled program, each with the number of times it runs.
 
     Args:
         text: `compiled.as_text()`.
-        unknown_trip_count: upper bound on the trips of loops that stop by their data; None: such a loop may hold none.
+        bounds: of loops that stop by their data: a part of the loop's `op_name`, and the most trips it can make. A loop
+            that is not named may hold no collective.
 
     Raises:
         UnknownTripCount: naming the loop.
@@ -93,7 +94,7 @@ def read_collectives(text: str, unknown_trip_count: int | None = None) -> list[C
     """
     computations, entry = _parse(text)
     found: list[Collective] = []
-    _visit(computations, entry, 1, False, unknown_trip_count, found, set())
+    _visit(computations, entry, 1, False, bounds or {}, found, set())
     return found
 
 
@@ -112,14 +113,17 @@ def _parse(text: str) -> tuple[_Computations, str]:
     computations: dict[str, list[_Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
-        if not line[:1].isspace():
-            header = _HEADER.match(line)
+        header = _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif line == "}":
             current = None
-            if header and not line.startswith("HloModule"):
-                current = computations.setdefault(header[2], [])
-                entry = header[2] if header[1] else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
             current.append(_Instruction(*match.groups()))
+        elif current:  # a kernel's metadata may hold line breaks
+            last = current[-1]
+            current[-1] = dataclasses.replace(last, rest=f"{last.rest} {line}")
     if not entry:
         raise ValueError("no HLO module: there is no ENTRY computation")
     return computations, entry
@@ -130,7 +134,7 @@ def _visit(
     name: str,
     count: int,
     bounded: bool,
-    bound: int | None,
+    bounds: Mapping[str, int],
     found: list[Collective],
     seen: set[tuple[str, str]],
 ) -> None:
@@ -151,14 +155,15 @@ def _visit(
         elif instruction.opcode == "while":
             called = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", instruction.rest))
             trips = _trip_count(computations, name, instruction, called)
+            bound = next((most for part, most in bounds.items() if part in _op_name(instruction)), None)
             times, loose = count * ((bound or 1) if trips is None else trips), bounded or trips is None
             inner: list[Collective] = []
             for part in (called["body"], called["condition"]):
-                _visit(computations, part, times, loose, bound, inner, seen)
+                _visit(computations, part, times, loose, bounds, inner, seen)
             if inner and trips is None and bound is None:
                 raise UnknownTripCount(
-                    f"loop {instruction.name} in {name} stops by its data and holds {len(inner)} collectives "
-                    f"({inner[0].op_name}): give an upper bound on its trips"
+                    f"loop {instruction.name} ({_op_name(instruction)}) stops by its data and holds {len(inner)} "
+                    f"collectives ({inner[0].op_name}): give an upper bound on its trips"
                 )
             found.extend(inner)
 
@@ -196,9 +201,13 @@ def _collective(instruction: _Instruction, kind: str, inside: str, count: int, b
         elif kind == "reduce-scatter":
             size *= max(group_size, 1)
         sent = size * share * (2 if kind == "all-reduce" else 1)
-    op_name = re.search(r'op_name="([^"]*)"', rest)
     shapes = re.sub(r"\{[^}]*\}|/\*[^*]*\*/", "", instruction.shape)
-    return Collective(kind, size, sent, group_size, groups, count, bounded, op_name[1] if op_name else "", shapes)
+    return Collective(kind, size, sent, group_size, groups, count, bounded, _op_name(instruction), shapes)
+
+
+def _op_name(instruction: _Instruction) -> str:
+    found = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return found[1] if found else ""
 
 
 def _results_of_start(kind: str, shape: str, arrays: list[float]) -> list[float]:
