@@ -151,9 +151,24 @@ def test_part_of_an_axis():
     assert read_collectives(module(line))[0].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
-def test_what_is_no_module():
+def test_devices_in_another_order():
+    line = (
+        "%x = s8[64] all-gather(%a), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={0}"
+    )
+    assert read_collectives(module(line))[0].groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+def test_without_groups_all_devices_take_part():
+    text = module("%x = f32[2] all-reduce(%a), replica_groups={}, to_apply=%add")
+    (found,) = read_collectives(text.replace("HloModule m", "HloModule m, num_partitions=4"))
+    assert (found.group_size, found.sent_bytes) == (4, 2 * 8 * 3 / 4)
+
+
+def test_what_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         read_collectives("nothing")
+    with pytest.raises(ValueError, match="unknown form: replica_groups=novel"):
+        read_collectives(module("%x = f32[2] all-reduce(%a), replica_groups=novel{3}, to_apply=%add"))
 
 
 @pytest.mark.parametrize("num_layers", [3, 11])

@@ -93,8 +93,12 @@ def read_collectives(text: str, bounds: Mapping[str, int] | None = None) -> list
         ValueError: if the text is no HLO module.
     """
     computations, entry = _parse(text)
+    devices = re.search(r"^HloModule .*num_partitions=(\d+)", text)
     found: list[Collective] = []
     _visit(computations, entry, 1, False, bounds or {}, found, set())
+    if any(item.group_size == 0 for item in found):  # all devices together
+        everyone = int(devices[1]) if devices else 1
+        found = [item if item.group_size else _among(item, everyone) for item in found]
     return found
 
 
@@ -195,7 +199,7 @@ def _collective(instruction: _Instruction, kind: str, inside: str, count: int, b
     else:
         groups = _replica_groups(rest)
         group_size = len(groups[0]) if groups else 0
-        share = (group_size - 1) / group_size if group_size else 1.0
+        share = (group_size - 1) / group_size if group_size else 1.0  # without groups: see `_among`
         if kind == "all-reduce" and "all-reduce-scatter" in inside:
             kind = "reduce-scatter"
         elif kind == "reduce-scatter":
@@ -203,6 +207,13 @@ def _collective(instruction: _Instruction, kind: str, inside: str, count: int, b
         sent = size * share * (2 if kind == "all-reduce" else 1)
     shapes = re.sub(r"\{[^}]*\}|/\*[^*]*\*/", "", instruction.shape)
     return Collective(kind, size, sent, group_size, groups, count, bounded, _op_name(instruction), shapes)
+
+
+def _among(item: Collective, devices: int) -> Collective:
+    """A collective whose text names no groups: all devices take part."""
+    size = item.array_bytes * (devices if item.kind == "reduce-scatter" else 1)
+    sent = size * (devices - 1) / devices * (2 if item.kind == "all-reduce" else 1)
+    return dataclasses.replace(item, group_size=devices, array_bytes=size, sent_bytes=sent)
 
 
 def _op_name(instruction: _Instruction) -> str:
@@ -236,16 +247,22 @@ def _replica_groups(rest: str) -> tuple[tuple[int, ...], ...]:
         ids = np.arange(math.prod(dims)).reshape(dims)
         ids = ids.transpose(tuple(map(int, match[3].split(",")))) if match[3] else ids
         return _as_groups(ids.reshape(shape))
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(?\[([\d,]+)\]\)?)? ?\{([^}]*)\}", rest):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? ?\{([^}]*)\}", rest):
         return _mesh_groups(match[1], match[2], match[3])
+    if "replica_groups=" in rest and "replica_groups={}" not in rest:
+        raise ValueError(f"replica groups of an unknown form: {rest[rest.index('replica_groups=') :][:120]}")
     return ()
 
 
 def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> tuple[tuple[int, ...], ...]:
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(sizes.values()))
-    if device_ids:
-        ids = np.asarray(tuple(map(int, device_ids.split(","))))
+    if device_ids:  # [2,4]T(1,0): the order of an iota that was transposed
+        order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", device_ids)
+        if order is None:
+            raise ValueError(f"replica groups of an unknown form: device_ids=({device_ids})")
+        dims = tuple(map(int, order[1].split(",")))
+        ids = ids.reshape(dims).transpose(tuple(map(int, order[2].split(","))) if order[2] else None)
     parts: list[tuple[int, bool]] = []
     wanted = {name: (pre, size) for name, pre, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)}
     for name, size in sizes.items():
