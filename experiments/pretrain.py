@@ -127,6 +127,6 @@ def on_machine(config: ConfigDict, size: Size, machine: str) -> None:
     fsdp = max(n for n in range(1, min(devices, size.max_fsdp) + 1) if devices % n == 0 and common % n == 0)
     config.mesh.update(data=devices // fsdp, fsdp=fsdp)
     if rows % devices:
-        raise ValueError(f"{machine}: {rows} rows a step cannot be dealt to {devices} devices")
+        raise ValueError(f"{machine}: {rows} rows a step cannot be dealt to {devices} devices; take a larger size")
     at_once = ROWS_AT_ONCE.get(topology.chip.name, 1) if topology.chip in CHIPS.values() else 1
     config.train.accumulation_steps = max(1, rows // devices // at_once)

@@ -32,12 +32,12 @@ LOOP = """HloModule jit_step, is_scheduled=true
   ROOT %less.2 = pred[] compare(%i.2, %n.2), direction=LT
 }
 
-%fused (q: f32[2,4]) -> f32[16,4] {
+%async_collective_fusion.1 (q: f32[2,4]) -> f32[16,4] {
   %q = f32[2,4]{1,0} parameter(0)
   ROOT %gathered = f32[16,4]{1,0} all-gather(%q), channel_id=2, replica_groups=mesh['a'=1,'b'=8] {'b'}, dimensions={0}, metadata={op_name="weights"}
 }
 
-%fused_again (q.1: f32[2,4]) -> f32[16,4] {
+%async_collective_fusion.2 (q.1: f32[2,4]) -> f32[16,4] {
   %q.1 = f32[2,4]{1,0} parameter(0)
   ROOT %gathered.1 = f32[16,4]{1,0} all-gather(%q.1), channel_id=2, replica_groups=mesh['a'=1,'b'=8] {'b'}, dimensions={0}, metadata={op_name="weights"}
 }
@@ -49,8 +49,8 @@ LOOP = """HloModule jit_step, is_scheduled=true
   %w.3 = f32[2,4]{1,0} get-tuple-element(%p.3), index=2
   %one.3 = s32[] constant(1)
   %next.3 = s32[] add(%i.3, %one.3)
-  %start = f32[16,4]{1,0} fusion(%w.3), kind=kCustom, calls=%fused
-  %done = f32[16,4]{1,0} fusion(%w.3), kind=kCustom, calls=%fused_again
+  %start = f32[16,4]{1,0} fusion(%w.3), kind=kCustom, calls=%async_collective_fusion.1
+  %done = f32[16,4]{1,0} fusion(%w.3), kind=kCustom, calls=%async_collective_fusion.2
   %zero.3 = s32[] constant(0)
   %init = (s32[], f32[8,4]{1,0}) tuple(%zero.3, %v.3)
   %loop = (s32[], f32[8,4]{1,0}) while(%init), condition=%inner_condition, body=%inner_body

@@ -151,8 +151,10 @@ def _visit(
     for instruction, inside in _flat(computations, name, ""):
         kind = instruction.opcode.removesuffix("-start")
         if kind in KINDS:
-            channel = re.search(r"channel_id=(\d+)", instruction.rest)
-            key = (kind, channel[1] if channel else instruction.name)
+            # Outside of asynchronous fusions a channel tells nothing: combined collectives all have number 1.
+            is_part = inside and "all-reduce-scatter" not in inside
+            channel = re.search(r"channel_id=(\d+)", instruction.rest) if is_part else None
+            key = (kind, channel[1] if channel else f"{inside} {instruction.name}")
             if key not in seen:
                 seen.add(key)
                 found.append(_collective(instruction, kind, inside, count, bounded))

@@ -212,10 +212,14 @@ def sum_to_parts(x: jax.Array, over: Sequence[str], axes: tuple[str, ...]) -> ja
         axes: logical axes of x.
     """
     spec = partition_spec(axes)
-    for name in _mesh_axes(over):
-        split = [dim for dim, entry in enumerate(spec) if name == entry or name in (entry or ())]
+    dims = {name: [i for i, entry in enumerate(spec) if name in ((entry,) if isinstance(entry, str) else entry or ())]
+            for name in _mesh_axes(over)}  # fmt: skip
+    for name, split in sorted(dims.items(), key=lambda item: not item[1]):  # first those that leave less to be summed
         if split:
-            x = jax.lax.psum_scatter(x, name, scatter_dimension=split[0], tiled=True)
+            # The parts lie one after another before they are sent: of others XLA's TPU compiler sums the whole array.
+            dim, shape = split[0], x.shape
+            parts = x.reshape(*shape[:dim], jax.lax.axis_size(name), -1, *shape[dim + 1 :])
+            x = jax.lax.psum_scatter(jnp.moveaxis(parts, dim, 0), name)
         else:
             x = jax.lax.psum(x, name)
     return x
