@@ -3,7 +3,7 @@
     python -m benchmarks.compile_ahead [--sizes=1b,8b] [--topologies=v5e:16x16] [--again] [--table]
 
 Results go to `benchmarks/results/compile_ahead.json` after each compilation; what stands there is not compiled again
-without `--again`. `--table` prints the table of that file and compiles nothing. TPU slices need libtpu (`make tpu-aot`);
+without `--again`. `--table` prints the table of that file and compiles nothing. TPU slices need libtpu, `make tpu-aot`;
 GPU servers are partitioned on simulated CPU devices, their memory and time are arithmetic ("not compiled").
 """
 
