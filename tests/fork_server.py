@@ -15,6 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
+STOPPED_FOR_S = 15.0
+"""A process that stops itself (SIGSTOP) is killed after this time."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
@@ -50,6 +53,7 @@ class ForkServer:
         kill_at: str = "",
         signal_at: tuple[int, int] | None = None,
         kill_after_s: float | None = None,
+        devices: int = 0,
     ) -> Finished:
         """Runs `python -m unihetero_jax <arguments>`.
 
@@ -58,8 +62,12 @@ class ForkServer:
             kill_at: a point of `checkpoint._kill_point`, `<point>:<step>`.
             signal_at: (signal, step): the process gets this signal once the step is done.
             kill_after_s: kill -9 after so many seconds, whatever it does then.
+            devices: simulated devices of the process, if not those of the tests.
         """
-        request = {"arguments": arguments, "kill_at": kill_at, "signal_at": signal_at, "kill_after_s": kill_after_s}
+        request = {
+            "arguments": arguments, "kill_at": kill_at, "signal_at": signal_at, "kill_after_s": kill_after_s,
+            "devices": devices,
+        }  # fmt: skip
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -95,6 +103,9 @@ def _child(cli, request, output: int) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ["UNIHETERO_KILL_AT"] = request["kill_at"]
+        if request["devices"]:
+            count = f"--xla_force_host_platform_device_count={request['devices']}"
+            os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {count}"  # the last one counts
         if request["signal_at"]:
             number, at_step = request["signal_at"]
             train = cli.train
@@ -127,7 +138,12 @@ def _wait(pid: int, kill_after_s: float | None) -> int:
         os.close(descriptor)
         if not ended:
             os.kill(pid, signal.SIGKILL)  # not reaped yet, so the id is still its own
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        time.sleep(STOPPED_FOR_S)
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
 
 
 if __name__ == "__main__":

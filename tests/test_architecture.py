@@ -19,11 +19,11 @@ LAYERS: list[set[str]] = [
     {"arrays", "config", "storage", "topology", "hlo"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
-        "data.row_plan", "command_line", "workdir",
+        "data.row_plan", "command_line", "workdir", "distributed",
     },
     {
-        "state", "metrics", "integrity", "data.shards", "data.sources", "data.transforms", "data.roles", "data.packing",
-        "inference.sampling", "model.layers", "model.splash", "model.attention", "model.vision_encoder",
+        "state", "metrics", "integrity", "watchdog", "data.shards", "data.sources", "data.transforms", "data.roles",
+        "data.packing", "inference.sampling", "model.layers", "model.splash", "model.attention", "model.vision_encoder",
         "model.semantic_encoder", "model.decoder", "model.semantic_head", "text_loss",
     },
     {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline"},
@@ -34,8 +34,8 @@ LAYERS: list[set[str]] = [
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 35
-MAX_CLOSURE_LINES = 8400
+MAX_CLOSURE_MODULES = 37
+MAX_CLOSURE_LINES = 9400
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
 Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its lock, the

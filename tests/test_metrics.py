@@ -156,17 +156,20 @@ def test_step_timer():
     with timer.input_wait():
         now[0] += 1.0
     now[0] += 3.0
-    timer.add_step(num_samples=8, num_tokens=100, model_flops=2e9)
+    timer.add_step()
+    timer.add_work(num_samples=8, num_tokens=100, model_flops=2e9)
     with timer.paused():
         now[0] += 50.0
     now[0] += 1.0
-    timer.add_step(num_samples=2, num_tokens=50, model_flops=3e9)
+    timer.add_step()
+    timer.add_work(num_samples=2, num_tokens=50, model_flops=3e9)
     assert timer.result() == {
         "step_time_s": 2.5, "steps_per_s": 0.4, "samples_per_s": 2.0, "tokens_per_s": 30.0,
         "model_flops_per_s": 1e9, "input_wait_share": 0.2,
     }  # fmt: skip
     now[0] += 1.0
-    timer.add_step(5, 5, 5.0)
+    timer.add_step()
+    timer.add_work(5, 5, 5.0)
     assert timer.result()["samples_per_s"] == 5.0
 
 

@@ -83,6 +83,26 @@ def test_each_line_tells_what_the_issue_names(usual):
     assert lines[-1]["eval_loss"]["qa"]["text"] > 0 and lines[-1]["eval_loss"]["generation"]["visual"] > 0
 
 
+def test_nothing_is_compiled_after_the_first_save(tiny_experiment, tmp_path):
+    """Whatever batches come, and while checkpoints are written: on a mesh, traces and compilations are counted."""
+    counted, by_step = [], {}
+
+    def count(event, *_, **__):
+        if event in ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_trace_duration"):
+            counted.append(event)
+
+    config = tiny_experiment(mesh__data=2, mesh__fsdp=2, train__eval_every_steps=1000)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        run(config, tmp_path, [lambda step, _: by_step.update({step: len(counted)})])
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert by_step[1] > 0, "the listener hears compilations"
+    assert {by_step[step] for step in range(3, 8)} == {by_step[3]}, by_step
+    tokens = {line["totals"]["pad_patches"] for line in read_metrics(tmp_path)}
+    assert len(tokens) == 8, "batches differ"
+
+
 def test_validation_changes_nothing(usual, tiny_experiment, tmp_path):
     _, _, undisturbed = usual
     run(tiny_experiment(train__eval_every_steps=3), tmp_path)
@@ -297,9 +317,3 @@ def test_data_prepared_anew_at_the_same_path_is_refused(tiny_experiment, tiny_wo
     (copied / "qa" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"was trained on other data .*\n  - sources\.qa: "):
         run(tiny_experiment(train__num_steps=4, data__tokenizer=copied / "tokenizer", **paths), tmp_path / "run")
-
-
-def test_one_process_only(tiny_experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="2 processes: this version trains in one process"):
-        run(tiny_experiment(), tmp_path)

@@ -31,13 +31,19 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from unihetero_jax import __version__
+from unihetero_jax import __version__, distributed
 from unihetero_jax.config import Config, config_hash, differences, to_dict
-from unihetero_jax.integrity import MANIFEST, digest_files, read_manifest, verify, write_manifest
+from unihetero_jax.integrity import (
+    MANIFEST,
+    digest_files,
+    list_files,
+    read_manifest,
+    share_of,
+    verify,
+    write_manifest,
+)
 from unihetero_jax.storage import (
-    StorageError,
     file_exists,
     is_folder,
     is_local,
@@ -53,7 +59,7 @@ DAMAGED = "damaged.json"
 COMPLETED = "completed.json"
 FREE_FIELDS = (
     "train.num_steps", "train.log_every_steps", "train.eval_every_steps", "train.accumulation_steps",
-    "train.max_consecutive_skips", "checkpoint", "mesh", "eval", "diagnostics",
+    "train.max_consecutive_skips", "train.step_deadline_s", "checkpoint", "mesh", "eval", "diagnostics",
     "data.num_threads", "data.prefetch_batches", "data.max_failed_share", "data.verify_digests",
     "data.cache_dir", "data.cache_gib",
     "model.encoder.remat", "model.decoder.remat",
@@ -98,7 +104,7 @@ class Checkpointer:
         self._root = checkpoint_root(workdir)
         self._change_mixture, self.mixture_changes = change_mixture, []
         self._config, self._data_identity = config, dict(data_identity)
-        self._report = report if jax.process_index() == 0 else lambda _: None
+        self._report = report if distributed.is_lead() else lambda _: None
         self._own_steps: set[int] = set()
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
@@ -215,22 +221,22 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
             _kill_point("after_orbax_commit", step)
-            # In a run of many processes Orbax's commit is their barrier: all files are there when process 0 gets here.
-            if jax.process_index() == 0:
-                folder = self._root / str(step)
-                # One thread: the training step needs the cores.
-                files = digest_files(folder, num_threads=1, ignored=(DAMAGED,))
-                _kill_point("before_manifest", step)
-                write_manifest(folder, {
-                    "format": 1, "step": step, "files": files, "arrays": arrays,
-                    "config_hash": config_hash(self._config), "program_version": __version__,
-                })  # fmt: skip
-                write_atomically(self._root / COMPLETED, json.dumps({"step": step}))
-                self._remove_old(step)
+            folder = self._root / str(step)
+            files = _digest_together(folder)
+            _kill_point("before_manifest", step)
+            distributed.lead_first("manifest", lambda: self._write_manifest(step, files, arrays))
             self._own_steps.add(step)
         except BaseException as error:
             # Whatever happened here must reach the main thread.
             self._failure = (step, error)
+
+    def _write_manifest(self, step: int, files: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+        write_manifest(self._root / str(step), {
+            "format": 1, "step": step, "files": files, "arrays": arrays,
+            "config_hash": config_hash(self._config), "program_version": __version__,
+        })  # fmt: skip
+        write_atomically(self._root / COMPLETED, json.dumps({"step": step}))
+        self._remove_old(step)
 
     def _remove_old(self, newest: int) -> None:
         """Applies the keep policy; called only after `newest` is complete, which is always kept."""
@@ -246,23 +252,21 @@ class Checkpointer:
 
         If steps were completed but none has its manifest, something else went wrong: nothing is touched.
         """
-        if jax.process_index() == 0:
-            make_folder(self._root)
-            complete = list_steps(self._root.parent)
-            lost = not complete and file_exists(self._root / COMPLETED)
-            for path in list_folder(self._root):
-                is_temporary = ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".tmp")
-                is_incomplete = (
-                    path.name.isdigit() and int(path.name) not in complete and not file_exists(path / DAMAGED)
-                )
-                if is_temporary or (is_incomplete and not lost):
-                    self._report(f"removing {path}, the leftover of an unfinished save or removal")
-                    if is_folder(path):
-                        remove_tree(path)
-                    else:
-                        remove(path)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("unihetero_jax.checkpoint.clean_leftovers")
+        distributed.lead_first("clean-leftovers", self._remove_leftovers)
+
+    def _remove_leftovers(self) -> None:
+        make_folder(self._root)
+        complete = list_steps(self._root.parent)
+        lost = not complete and file_exists(self._root / COMPLETED)
+        for path in list_folder(self._root):
+            is_temporary = ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".tmp")
+            is_incomplete = path.name.isdigit() and int(path.name) not in complete and not file_exists(path / DAMAGED)
+            if is_temporary or (is_incomplete and not lost):
+                self._report(f"removing {path}, the leftover of an unfinished save or removal")
+                if is_folder(path):
+                    remove_tree(path)
+                else:
+                    remove(path)
 
     def _make_manager(self) -> ocp.CheckpointManager:
         # No retention by Orbax: ours waits for the manifest. No root metadata: it would be outside every digest.
@@ -284,36 +288,24 @@ class Checkpointer:
     def _make_room(self, step: int) -> None:
         """Makes sure that nothing else lies where `step` will be written."""
         folder = self._root / str(step)
-        if not list_folder(folder):
+        if not distributed.broadcast("room", "taken" if list_folder(folder) else ""):
             return
         if step in list_steps(self._root.parent) and not self._own_steps:
             raise CheckpointError(
                 f"{folder} exists and this run has not restored from it: restore first, or use a new --workdir"
             )
-        if jax.process_index() == 0:
-            self._report(f"replacing {folder}, which is damaged or of an abandoned continuation of this run")
-            remove(folder / MANIFEST)
-            remove_tree(folder)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("unihetero_jax.checkpoint.make_room")
+        self._report(f"replacing {folder}, which is damaged or of an abandoned continuation of this run")
+        distributed.lead_first("make-room", lambda: remove_step(self._root, step))
         self._manager.reload()
 
     def _choose(self, step: int | None) -> int | None:
-        """The step to restore: process 0 verifies and all take its verdict, so that no two processes differ."""
-        chosen, error = -1, None
-        if jax.process_index() == 0:
-            try:
-                found = _newest_valid(self._root, self._set_aside) if step is None else _named_step(self._root, step)
-                chosen = -1 if found is None else found
-            except (CheckpointError, StorageError) as raised:
-                chosen, error = -2, raised
-        if jax.process_count() > 1:
-            chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
-        if chosen == -2:
-            raise error or CheckpointError(f"{self._root}: no usable checkpoint; process 0 has the reason")
-        return None if chosen == -1 else chosen
+        """The step to restore. All processes verify their share of it and take one verdict, so that no two differ."""
+        return _newest_valid(self._root, self._set_aside) if step is None else _named_step(self._root, step)
 
     def _set_aside(self, step: int, fault: str) -> None:
+        distributed.lead_first("set-aside", lambda: self._move_aside(step, fault))
+
+    def _move_aside(self, step: int, fault: str) -> None:
         folder = self._root / str(step)
         self._report(f"checkpoint {step} is damaged and will not be used: {fault}")
         # The marker alone settles it; moving the folder only frees its name and may not work everywhere.
@@ -508,8 +500,9 @@ def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None]) -> in
         CheckpointError: if steps were completed but none is valid. To start over is the user's decision.
     """
     faults = []
-    for step in reversed(list_steps(root.parent)):
-        fault = verify(root / str(step))
+    steps = json.loads(distributed.broadcast("steps", json.dumps(list_steps(root.parent))))
+    for step in reversed(steps):
+        fault = _verify_together(root / str(step))
         if fault is None:
             return step
         on_damage(step, fault)
@@ -524,11 +517,28 @@ def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None]) -> in
     return None
 
 
+def _verify_together(folder: epath.Path) -> str | None:
+    """`verify` with the files divided over the processes; the same verdict on all of them."""
+    share = (distributed.process_id(), distributed.num_processes())
+    faults = [text for text in distributed.gather("verify", verify(folder, share) or "") if text]
+    return distributed.broadcast("verified", faults[0] if faults else "") or None
+
+
+def _digest_together(folder: epath.Path) -> dict[str, Any]:
+    """Digests of all files of a step that Orbax has committed, divided over the processes; process 0 gets them all."""
+    # Process 0 commits, so what it lists is complete; another process may come here earlier.
+    listed = json.loads(distributed.broadcast("committed", json.dumps(list_files(folder, ignored=(DAMAGED,)))))
+    names = share_of(listed, (distributed.process_id(), distributed.num_processes()))
+    # One thread: the training step needs the cores.
+    parts = distributed.gather("digests", json.dumps(digest_files(folder, num_threads=1, names=names)))
+    return {name: entry for part in parts for name, entry in json.loads(part).items()}
+
+
 def _named_step(root: epath.Path, step: int) -> int:
     steps = list_steps(root.parent)
     if step not in steps:
         raise CheckpointError(f"{root}: no complete checkpoint of step {step}; there are {steps or 'none'}")
-    fault = verify(root / str(step))
+    fault = _verify_together(root / str(step))
     if fault is not None:
         raise CheckpointError(f"{root}: checkpoint {step} is damaged: {fault}; name another step of {steps}")
     return step

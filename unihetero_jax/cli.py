@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.scene_world import ensure_scene_world
-from unihetero_jax import compile_ahead, data_stats, explain, stored_steps
+from unihetero_jax import compile_ahead, data_stats, distributed, explain, stored_steps
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
@@ -31,7 +32,7 @@ from unihetero_jax.inference.generate import Prompt, generate_text
 from unihetero_jax.inference.sampling import Sampling
 from unihetero_jax.metrics import announce
 from unihetero_jax.model.unihetero import Params, build
-from unihetero_jax.sharding import activation_mesh, make_mesh, to_global
+from unihetero_jax.sharding import activation_mesh, local_rows, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
 from unihetero_jax.storage import list_folder, read_bytes, to_path
@@ -41,22 +42,32 @@ from unihetero_jax.workdir import prepare_workdir
 
 EXIT_BAD_INPUT = 2
 """Exit code when the message says what to change; an interrupted run exits with 128 + the signal's number."""
+EXIT_PROCESSES_MISSING = 76
+"""Exit code when not all processes of the run came: start it again. After a stall it is `watchdog.EXIT_STALLED`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit code."""
     try:
         namespace, overrides = parse_arguments(_parser(), sys.argv[1:] if arguments is None else arguments)
+        if getattr(namespace, "distributed", "off") == "auto":
+            address, number = namespace.coordinator_address, namespace.num_processes
+            cluster = distributed.find_cluster(address, number, namespace.process_id)
+            distributed.connect(cluster, namespace.startup_deadline)
         namespace.command(namespace, overrides)
     except Interrupted as stop:
         announce(str(stop))
         return 128 + stop.signal_number
+    except distributed.StartupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_PROCESSES_MISSING
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         if os.environ.get("UNIHETERO_TRACEBACK"):  # where a message is not enough
             raise
-        print(f"error: {error}", file=sys.stderr)
+        of_many = f"process {distributed.process_id()}: " if distributed.num_processes() > 1 else ""
+        print(f"error: {of_many}{error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 
@@ -106,6 +117,18 @@ def _parser() -> argparse.ArgumentParser:
     stored.set_defaults(command=_checkpoints)
     compile_ahead.add_parser(commands)
     explain.add_parser(commands)
+    for command in (trains, evaluates):
+        processes = command.add_argument_group("several processes", "found by themselves on Slurm, GKE and Cloud TPU")
+        processes.add_argument(
+            "--distributed", choices=("auto", "off"), default="auto", help="off: one process, whatever the machine says"
+        )
+        processes.add_argument("--coordinator_address", default="", help="HOST:PORT of process 0")
+        processes.add_argument("--num_processes", type=int, default=0)
+        processes.add_argument("--process_id", type=int, default=-1)
+        processes.add_argument(
+            "--startup_deadline", type=float, default=distributed.STARTUP_DEADLINE_S,
+            help="seconds within which all processes have to come (default: %(default).0f)",
+        )  # fmt: skip
     for command in (evaluates, generates):
         command.add_argument("--workdir", required=True)
         command.add_argument("--step", type=int, default=-1, help="-1: the newest that verifies")
@@ -126,7 +149,7 @@ def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
         run.config, make_log_probs(run.config, run.params), run.tokenizer, benchmarks, step=run.step,
         config_hash=run.config_hash, output_dir=to_path(flags.workdir) / "eval", without_image=flags.without_image,
     )  # fmt: skip
-    print(format_table(results))
+    announce(format_table(results))
     if flags.rollout:
         if not _rolls_out(run.config):
             raise ValueError(
@@ -191,8 +214,9 @@ def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = (), chang
     prepare_workdir(workdir)  # before minutes go into a scene world
     world = config.scene_world
     if world.level != "none":
-        vocab_size = config.model.decoder.vocab_size
-        ensure_scene_world(world.path, world.level, world.num_scenes, image_spec(config), vocab_size)
+        arguments = (world.path, world.level, world.num_scenes, image_spec(config), config.model.decoder.vocab_size)
+        make = functools.partial(ensure_scene_world, *arguments)
+        distributed.lead_first("scene-world", make, make)
     _check_evaluation(config)
     return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir), change_mixture)
 
@@ -221,7 +245,7 @@ def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -
             config, make_log_probs(config, params), tokenizer, config.eval.benchmarks, step=step,
             config_hash=run.config_hash, output_dir=folder,
         )  # fmt: skip
-        print(format_table(results))
+        announce(format_table(results))
     if _rolls_out(config):
         results["rollout"] = _roll_out(run, folder)
     return results
@@ -234,14 +258,14 @@ def _roll_out(run: "Run", folder: epath.Path) -> dict[str, Any]:
     alarms = ["rollout_retrieval"] if found["retrieval"] < config.diagnostics.retrieval_alarm else []
     result = found | {"alarms": alarms, "step": run.step, "config_hash": run.config_hash}
     write_json(folder / f"rollout-{run.step}.json", result)
-    print(
+    announce(
         f"rollout from captions of {found['source']}: finds its image among {found['num_candidates']} "
         f"at {found['retrieval']:.3f} +- {found['standard_error']:.3f} (chance {found['chance']:.3f}); "
         f"cosine distance {found['free_running']:.3f} "
         f"(mean embedding {found['mean_embedding']:.3f}, copy previous {found['copy_previous']:.3f})"
     )
     if alarms:
-        print(f"ALARM: rollout retrieval {found['retrieval']:.3f} is under {config.diagnostics.retrieval_alarm}")
+        announce(f"ALARM: rollout retrieval {found['retrieval']:.3f} is under {config.diagnostics.retrieval_alarm}")
     return result
 
 
@@ -287,7 +311,7 @@ def make_log_probs(config: Config, params: Params) -> LogProbs:
     """The evaluation's view of a model: packed rows in, log-probability of every supervised token out."""
     mesh = make_mesh(config.mesh)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def log_probs(params: Params, batch: Batch) -> jax.Array:
         with activation_mesh(mesh):
             output = build(config.model, config.objective, params)(batch)
@@ -295,7 +319,9 @@ def make_log_probs(config: Config, params: Params) -> LogProbs:
             return -text_nll(output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, chunk)[1]
 
     def score(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(jax.device_get(log_probs(params, to_global(arrays, mesh))))
+        rows = local_rows(mesh, len(arrays["tokens"]))
+        own = {name: value[rows] for name, value in arrays.items()}
+        return np.asarray(jax.device_get(log_probs(params, to_global(own, mesh))))
 
     return score
 

@@ -39,7 +39,7 @@ from unihetero_jax.model.attention import choose_backend
 from unihetero_jax.roofline import expected_traffic, make_roofline, memory_estimate, network_seconds
 from unihetero_jax.sharding import batch_sharding, make_mesh
 from unihetero_jax.step import abstract_state, compile_train_step
-from unihetero_jax.topology import GIB, Topology, parse_topology
+from unihetero_jax.topology import CHIPS, GIB, Topology, parse_topology
 
 LIBTPU = "0.0.42.1"
 """The compiler for TPUs of the pinned jax (its extra `tpu` names it); also in pyproject.toml, extra `tpu-aot`."""
@@ -232,7 +232,7 @@ def describe(compiled: Compiled, topology: Topology) -> dict[str, Any]:
     """The report on a compiled step, as plain values; `format_report` prints it."""
     config, mesh = compiled.config, compiled.mesh
     state = abstract_state(config, mesh)
-    named_gpu = topology.platform == "gpu" and topology.chip is not None
+    named_gpu = topology.platform == "gpu" and topology.name != "gpu"
     target = "gpu" if named_gpu else mesh.devices.flat[0].platform
     backend = choose_backend(config.model.attention_backend, target)
     shapes, axes = state.params, unihetero.logical_axes(config.model, config.objective)
@@ -279,7 +279,7 @@ def describe(compiled: Compiled, topology: Topology) -> dict[str, Any]:
             real = expected_traffic(config, shapes, axes) if has_theory else {"total": sent}
             network_s = real["total"] / topology.chip.link_bandwidth
         else:
-            coordinates = [device.coords for device in mesh.devices.flat]
+            coordinates = [device.coords for device in mesh.devices.flat] if topology.platform == "tpu" else None
             network_s = network_seconds(collectives, topology.chip, coordinates)
         roofline = make_roofline(config, topology.chip, mesh.size, backend, state_bytes, network_s)
         report["roofline"] = dataclasses.asdict(roofline) | {"bound_by": roofline.bound_by}
@@ -418,7 +418,9 @@ def main(request: Mapping[str, Any]) -> int:
         topology = parse_topology(request["topology"])
         config = parse_config_flags(request["config"], request["overrides"])
         if topology.name == "gpu":
-            topology = dataclasses.replace(topology, shape=(len(jax.devices()),))
+            kind = jax.devices()[0].device_kind
+            chip = next((c for c in CHIPS.values() if c.platform == "gpu" and c.name in kind), None)
+            topology = dataclasses.replace(topology, shape=(len(jax.devices()),), chip=chip)
         _check_mesh(config, topology, request["topology"])
         try:
             report = describe(compile_step(config, topology), topology)

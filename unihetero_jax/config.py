@@ -254,7 +254,8 @@ class DataConfig:
 class TrainConfig:
     """The loop. Intervals longer than the run mean at its end.
 
-    `num_replicates` models with seeds seed, seed + 1, ... share one step.
+    `num_replicates` models with seeds seed, seed + 1, ... share one step. A process in which no step is finished for
+    `step_deadline_s` seconds (0: without limit) prints what it waits for and ends; validation and saving included.
     """
 
     num_steps: int
@@ -264,6 +265,7 @@ class TrainConfig:
     eval_every_steps: int
     num_replicates: int
     max_consecutive_skips: int
+    step_deadline_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -685,6 +687,7 @@ def _validate_run(config: Config) -> list[str]:
             or train.num_replicates % config.mesh.data == 0,
             f"train.num_replicates {train.num_replicates} must be a multiple of mesh.data {config.mesh.data}",
         ),
+        (train.step_deadline_s >= 0, "train.step_deadline_s must not be negative (0: without limit)"),
         (config.checkpoint.keep_every_steps >= 0, "checkpoint.keep_every_steps must not be negative (0: off)"),
         (config.eval.validation_rows >= 0, "eval.validation_rows must not be negative (0: every item)"),
         (

@@ -8,14 +8,15 @@ import concurrent.futures
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from etils import epath
 
 from unihetero_jax.storage import StorageError, attempt, file_exists, is_folder, is_local, list_folder, read_bytes
 from unihetero_jax.workdir import write_atomically
 
+Item = TypeVar("Item")
 MANIFEST = "manifest.json"
 _HASH_CHUNK_BYTES = 1 << 20
 
@@ -46,14 +47,18 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     raise ValueError(f"file {MANIFEST}: content does not match its own digest")
 
 
-def verify(folder: epath.Path) -> str | None:
+def verify(folder: epath.Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with the folder, naming a file, or None. Reads every byte of the files listed.
+
+    Args:
+        folder: with a manifest.
+        share: (which, of how many): only so much of the files, where several processes divide the work.
 
     Raises:
         StorageError: it is in a bucket that does not answer.
     """
     try:
-        recorded = read_manifest(folder)["files"]
+        recorded = dict(share_of(sorted(read_manifest(folder)["files"].items()), share))
         missing = [name for name in recorded if not file_exists(folder / name)]
         if missing:
             return f"file {missing[0]} is missing"
@@ -70,13 +75,24 @@ def verify(folder: epath.Path) -> str | None:
     return None
 
 
+def share_of(items: Sequence[Item], share: tuple[int, int]) -> Sequence[Item]:
+    """Every n-th item, beginning with one's own number."""
+    number, count = share
+    return items[number::count]
+
+
 def digest_files(
     folder: epath.Path, num_threads: int, names: Iterable[str] | None = None, ignored: Collection[str] = ()
 ) -> dict[str, dict[str, Any]]:
     """{relative path: {"bytes", "digest"}} of the named files, or of all but the manifest and `ignored` names."""
-    names = sorted(_walk(folder, {MANIFEST, *ignored})) if names is None else list(names)
+    names = list_files(folder, ignored) if names is None else list(names)
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         return dict(zip(names, pool.map(lambda name: _digest_file(folder / name), names), strict=True))
+
+
+def list_files(folder: epath.Path, ignored: Collection[str] = ()) -> list[str]:
+    """Relative paths of all files but the manifest and `ignored` names."""
+    return sorted(_walk(folder, {MANIFEST, *ignored}))
 
 
 def _walk(folder: epath.Path, ignored: Collection[str], prefix: str = "") -> list[str]:

@@ -18,6 +18,7 @@ from clu import metrics as clu_metrics
 from etils import epath
 from tqdm import tqdm
 
+from unihetero_jax.distributed import is_lead
 from unihetero_jax.storage import read_bytes, to_path
 from unihetero_jax.workdir import write_atomically
 
@@ -26,7 +27,12 @@ REPLACED_NAME = "metrics.replaced.jsonl"
 
 
 def announce(message: str) -> None:
-    """Prints a message at once. A reader that is gone (`| tee`, ended by the same Ctrl-C) is no reason to stop."""
+    """Prints a message at once; of several processes only process 0 does.
+
+    A reader that is gone (`| tee`, ended by the same Ctrl-C) is no reason to stop.
+    """
+    if not is_lead():
+        return
     with contextlib.suppress(BrokenPipeError):
         print(message, flush=True)
 
@@ -184,9 +190,12 @@ class StepTimer:
         finally:
             self._start_s += self._clock() - start
 
-    def add_step(self, num_samples: int, num_tokens: int, model_flops: float) -> None:
-        """Counts one finished step: samples, real (unpadded) row positions, and model FLOPs."""
+    def add_step(self) -> None:
+        """Counts one finished step."""
         self._steps += 1
+
+    def add_work(self, num_samples: int, num_tokens: int, model_flops: float) -> None:
+        """Counts samples, real (unpadded) row positions, and model FLOPs of finished steps."""
         self._samples += num_samples
         self._tokens += num_tokens
         self._flops += model_flops

@@ -1,14 +1,17 @@
 """What the loop reports: metric lines, progress, counters that outlive a restart, skipped steps, collapse alarms."""
 
+import collections
+import dataclasses
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from unihetero_jax import flops
+from unihetero_jax import distributed, flops
 from unihetero_jax.arrays import StepMetrics
 from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.mixture import HostBatch
@@ -34,25 +37,89 @@ MAX_FAILURES_SHOWN = 100
 """Failed samples that are named on the console; all are in `failed_samples.jsonl`, and counted by reason."""
 
 
-class Reporter:
-    """Writes what steps report, one step late: the device is never waited for while it has nothing to do."""
+@dataclasses.dataclass
+class _Counts:
+    """What a process has counted and not told yet; failures by step."""
 
-    def __init__(self, config: Config, workdir: epath.Path, first_step: int, counters: Mapping[str, np.ndarray]):
-        """`counters` are those of `get_state` at `first_step`; empty for a new run."""
-        self._config = config
-        self._files = GrowingFiles(workdir, (METRICS_NAME, REPLACED_NAME, SKIPPED_BATCHES, FAILED_SAMPLES), announce)
-        self._skipped_path = self._files.folder / SKIPPED_BATCHES
-        self._writer = MetricsWriter(self._files.folder, announce)
-        self._writer.truncate_after(first_step)
-        self._failed_path = self._files.folder / FAILED_SAMPLES
-        for path in (self._skipped_path, self._failed_path):
-            keep_lines_up_to(path, first_step)
-        self._progress = Progress(config.train.num_steps, first_step)
+    counters: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    tokens: int = 0
+    model_flops: float = 0.0
+    failures: list[tuple[int, list[str]]] = dataclasses.field(default_factory=list)
+
+
+class _Files:
+    """What a run writes while it trains; process 0 has it."""
+
+    def __init__(self, workdir: epath.Path, first_step: int):
+        self._growing = GrowingFiles(workdir, (METRICS_NAME, REPLACED_NAME, SKIPPED_BATCHES, FAILED_SAMPLES), announce)
+        self._folder = self._growing.folder
+        self._metrics = MetricsWriter(self._folder, announce)
+        self._metrics.truncate_after(first_step)
+        for name in (SKIPPED_BATCHES, FAILED_SAMPLES):
+            keep_lines_up_to(self._folder / name, first_step)
+
+    def write_metrics(self, step: int, line: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl`."""
+        self._metrics.write(step, line)
+        self._growing.publish()
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """A line of another file."""
+        with (self._folder / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Every line so far is where a restart finds it."""
+        self._metrics.flush()
+        self._growing.publish(wait=True)
+
+    def close(self) -> None:
+        """Copies what the workdir does not have yet."""
+        self._metrics.close()
+        self._growing.close()
+
+
+class _Silent(io.StringIO):
+    """Where the processes but the first report their progress."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class Reporter:
+    """Writes what steps report, one step late: the device is never waited for while it has nothing to do.
+
+    Of several processes each counts the rows that it holds; before anything is written process 0 brings these counts
+    together.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: epath.Path,
+        first_step: int,
+        counters: Mapping[str, np.ndarray],
+        counts_rows: bool = True,
+    ):
+        """What a run reports from `first_step` on.
+
+        Args:
+            config: the experiment.
+            workdir: folder of the run.
+            first_step: finished steps at the start.
+            counters: those of `get_state` at `first_step`; empty for a new run.
+            counts_rows: False where another process holds the same rows and counts them.
+        """
+        self._config, self._counts_rows = config, counts_rows
+        is_lead = distributed.is_lead()
+        self._files = _Files(workdir, first_step) if is_lead else None
+        self._progress = Progress(config.train.num_steps, first_step, None if is_lead else _Silent())
         self._schedule = learning_rate_schedule(config.optimizer, config.train.num_steps)
         self._interval = IntervalMetrics()
         self._totals: dict[str, int] = {}
         self._unseen: dict[str, int] = {}
         self._set_state(counters)
+        self._own = _Counts()
         self._pending: tuple[int, HostBatch, StepMetrics] | None = None
         self._eval_loss: dict[str, Any] = {}
         self._alarms: dict[str, str] = {}
@@ -103,10 +170,14 @@ class Reporter:
         self._interval.add(*_of_applied_steps(metrics))
         self._check_targets(done, metrics)
         self._progress.update(done)
-        if not np.all(metrics.finite):
-            self._record_skip(done, host_batch, metrics)
-        if done % self._config.train.log_every_steps == 0 or done == self._config.train.num_steps or self._eval_loss:
-            self._write_line(done, metrics)
+        is_line_due = done % self._config.train.log_every_steps == 0 or done == self._config.train.num_steps
+        is_skipped = not np.all(metrics.finite)
+        if is_skipped or is_line_due or self._eval_loss:
+            skipped_ids = self._bring_together(host_batch.sample_ids if is_skipped else [])
+            if is_skipped:
+                self._record_skip(done, skipped_ids, metrics)
+            if is_line_due or self._eval_loss:
+                self._write_line(done, metrics)
 
     def flush(self) -> None:
         """Accounts for the step that was kept; then every line so far is where a restart finds it.
@@ -115,27 +186,52 @@ class Reporter:
             ValueError: see `finish_pending`; or the workdir is in a bucket that cannot be written.
         """
         self.finish_pending()
-        self._writer.flush()
-        self._files.publish(wait=True)
+        self._bring_together([])
+        if self._files is not None:
+            self._files.flush()
 
     def close(self) -> None:
         """Ends the line of progress, and copies what the workdir does not have yet."""
         self._progress.close()
-        self._writer.close()
-        self._files.close()
+        if self._files is not None:
+            self._files.close()
 
     def _count(self, done: int, host_batch: HostBatch) -> None:
-        for name, value in host_batch.counters.items():
-            self._totals[name] = self._totals.get(name, 0) + int(value)
+        self.timer.add_step()
+        if not self._counts_rows:
+            return
+        work = flops.count_work(self._config, host_batch.arrays)
+        self._own.counters.update(host_batch.counters)
+        self._own.tokens += work.tokens
+        self._own.model_flops += flops.model_flops(self._config, work)["total"]
         if host_batch.failures:
-            with self._failed_path.open("a") as file:
-                file.write(json.dumps({"step": done, "failures": host_batch.failures}) + "\n")
-        for failure in host_batch.failures[: MAX_FAILURES_SHOWN - self._failures_shown]:
+            self._own.failures.append((done, host_batch.failures))
+
+    def _bring_together(self, sample_ids: Sequence[str]) -> list[str]:
+        """Adds what the processes have counted since the last time to the totals; process 0 writes failures down.
+
+        Returns:
+            The `sample_ids` of all processes, on process 0.
+        """
+        own, self._own = self._own, _Counts()
+        message = json.dumps({**vars(own), "sample_ids": list(sample_ids)})
+        shares = [json.loads(text) for text in distributed.gather("counts", message)]
+        for share in shares:
+            counters = share["counters"]
+            for name, value in counters.items():
+                self._totals[name] = self._totals.get(name, 0) + int(value)
+            num_samples = sum(value for name, value in counters.items() if name.startswith("samples/"))
+            self.timer.add_work(num_samples, share["tokens"], share["model_flops"])
+            for done, failures in share["failures"]:
+                self._record_failures(done, failures)
+        return [sample_id for share in shares for sample_id in share["sample_ids"]]
+
+    def _record_failures(self, done: int, failures: Sequence[str]) -> None:
+        if self._files is not None:
+            self._files.append(FAILED_SAMPLES, {"step": done, "failures": failures})
+        for failure in failures[: MAX_FAILURES_SHOWN - self._failures_shown]:
             self._progress.print(f"sample became padding: {failure}")
             self._failures_shown += 1
-        work = flops.count_work(self._config, host_batch.arrays)
-        num_samples = sum(v for k, v in host_batch.counters.items() if k.startswith("samples/"))
-        self.timer.add_step(num_samples, work.tokens, flops.model_flops(self._config, work)["total"])
 
     def _write_line(self, done: int, metrics: StepMetrics) -> None:
         terms = self._interval.result()
@@ -163,8 +259,8 @@ class Reporter:
         if self._eval_loss:
             line["eval_loss"], self._eval_loss = self._eval_loss, {}
         line["alarms"] = self._update_alarms(done, terms)
-        self._writer.write(done, line)
-        self._files.publish()
+        if self._files is not None:
+            self._files.write_metrics(done, line)
         shown = {
             "loss": line["loss"],
             **{k: float(np.mean(v["mean"])) for k, v in terms.items() if k in ("text", "visual")},
@@ -214,9 +310,9 @@ class Reporter:
                         f"to step {done}: does the mixture hold samples that carry it (loss.visual_loss_on)?"
                     )
 
-    def _record_skip(self, done: int, host_batch: HostBatch, metrics: StepMetrics) -> None:
-        with self._skipped_path.open("a") as file:
-            file.write(json.dumps({"step": done, "sample_ids": host_batch.sample_ids}) + "\n")
+    def _record_skip(self, done: int, sample_ids: Sequence[str], metrics: StepMetrics) -> None:
+        if self._files is not None:
+            self._files.append(SKIPPED_BATCHES, {"step": done, "sample_ids": sample_ids})
         self._progress.print(f"step {done}: gradient not finite, step skipped; its samples are in {SKIPPED_BATCHES}")
         limit = self._config.train.max_consecutive_skips
         if np.max(metrics.consecutive_skips) >= limit:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from unihetero_jax.arrays import Batch
@@ -57,6 +57,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise ValueError(
             f"mesh {dict(zip(MESH_AXES, shape, strict=True))} needs {needed} devices, this process sees "
             f"{len(devices)}; lower mesh.data, mesh.fsdp, mesh.tensor or mesh.context"
+        )
+    if needed < len(devices) and len({device.process_index for device in devices}) > 1:
+        raise ValueError(
+            f"mesh {dict(zip(MESH_AXES, shape, strict=True))} uses {needed} of {len(devices)} devices; a run of "
+            "several processes uses all of them"
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     if config.num_slices == 1:
@@ -126,6 +131,36 @@ def to_global(arrays: Mapping[str, np.ndarray], mesh: Mesh, replicates: bool = F
     """Turns this process's rows into one global batch on the mesh."""
     sharding = batch_sharding(mesh, replicates)
     return Batch(**{name: jax.make_array_from_process_local_data(sharding, value) for name, value in arrays.items()})
+
+
+class Vote:
+    """The highest of a number that each process gives, the same for all: how they agree to stop after the same step.
+
+    It is a step behind, so that no device is waited for; a run of one process hears itself at once.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES))
+        self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._pending: jax.Array | None = None
+        self._is_alone = jax.process_count() == 1
+
+    def highest(self, own: int) -> int:
+        """Gives this process's number; to be called by all of them equally often."""
+        if self._is_alone:
+            return own
+        previous = self._pending
+        votes = np.full(self._sharding.mesh.size, own, np.int32)
+        given = jax.make_array_from_callback(votes.shape, self._sharding, lambda index: votes[index])
+        self._pending = self._highest(given)
+        return 0 if previous is None else int(previous)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole of an array on the host of every process, whatever parts of it their devices hold."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 @contextlib.contextmanager

@@ -154,6 +154,7 @@ def compile_train_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batc
     return jax.jit(
         on_mesh,
         in_shardings=(shardings, batch_sharding(mesh, replicates)),
-        out_shardings=(shardings, None),
+        # Metrics are whole on every device, so that each process can read them.
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )

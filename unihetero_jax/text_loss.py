@@ -45,7 +45,8 @@ def text_nll(
     """
     mask = mask.at[:, 0].set(False)
     # Each position gets the target that it predicts: two integers move, and no hidden state.
-    total, nll = _nll(hidden, unembedding, jnp.roll(tokens, -1, axis=1), jnp.roll(mask, -1, axis=1), chunk)
+    found: Any = _nll(hidden, unembedding, jnp.roll(tokens, -1, axis=1), jnp.roll(mask, -1, axis=1), chunk)
+    total, nll = found
     return total, jax.lax.stop_gradient(jnp.roll(nll, 1, axis=1))
 
 

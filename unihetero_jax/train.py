@@ -1,6 +1,8 @@
 """The training loop: everything from a configuration to a trained, checkpointed state, in reading order."""
 
 import contextlib
+import functools
+import json
 import os
 import signal
 import threading
@@ -15,15 +17,22 @@ from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
-from unihetero_jax import gradient_table, step
+from unihetero_jax import __version__, distributed, gradient_table, step
 from unihetero_jax.checkpoint import Checkpointer, restore_subtree
-from unihetero_jax.config import Config, to_dict
-from unihetero_jax.data.mixture import TrainIterator, make_train_iterator, open_split, validation_batches
+from unihetero_jax.config import Config, config_hash, to_dict
+from unihetero_jax.data.mixture import (
+    TrainIterator,
+    make_train_iterator,
+    merge_positions,
+    open_split,
+    validation_batches,
+)
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.metrics import IntervalMetrics, announce
 from unihetero_jax.reporting import Reporter
-from unihetero_jax.sharding import make_mesh, to_global
+from unihetero_jax.sharding import Vote, local_rows, make_mesh, to_global
 from unihetero_jax.state import TrainState, ema_components
+from unihetero_jax.watchdog import Watchdog
 from unihetero_jax.workdir import RunLock, prepare_workdir, write_config
 
 Hook = Callable[[int, TrainState], None]
@@ -62,14 +71,14 @@ def train(
         Interrupted: SIGTERM or SIGINT came; the step was finished and saved.
         ValueError: bad input of any kind; the message names it and the remedy.
     """
-    if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes: this version trains in one process with all its devices")
     workdir = prepare_workdir(workdir)
-    with RunLock(workdir) as lock:
-        with _StopSignals() as stop:
-            done, state = _train_steps(config, workdir, hooks, lock, stop, change_mixture)
-        if stop.requested and done < config.train.num_steps:
-            raise Interrupted(done, stop.requested)
+    lock = RunLock(workdir)
+    with contextlib.ExitStack() as cleanup:
+        distributed.lead_first("lock", lambda: cleanup.enter_context(lock))
+        with _StopSignals() as signals:
+            done, state, stopped_by = _train_steps(config, workdir, hooks, lock, signals, change_mixture)
+        if stopped_by and done < config.train.num_steps:
+            raise Interrupted(done, stopped_by)
         if evaluate is not None:
             evaluate(state, done)
     return state
@@ -80,28 +89,37 @@ def _train_steps(
     workdir: epath.Path,
     hooks: Sequence[Hook],
     lock: RunLock,
-    stop: "_StopSignals",
+    signals: "_StopSignals",
     change_mixture: bool,
-) -> tuple[int, TrainState]:
-    """Takes steps until the last one or a request to stop, and saves. Returns the step that it ended at, its state."""
+) -> tuple[int, TrainState, int]:
+    """Takes steps until the last one or a request to stop, and saves.
+
+    Returns:
+        The step that it ended at, its state, and the number of the signal that stopped it or 0.
+    """
     mesh = make_mesh(config.mesh)
     tokenizer = _load_fitting_tokenizer(config)
-    stream = make_train_iterator(config, tokenizer)
+    rows = local_rows(mesh, config.train.global_batch_rows, config.train.num_replicates > 1)
+    stream = make_train_iterator(config, tokenizer, rows)
     data_identity = {"tokenizer": tokenizer.hash, "sources": stream.digests}
+    _check_that_processes_agree(config, data_identity)
     validate = _make_validation(config, mesh, tokenizer)
-    gradient_table.prove(config, step.loss_terms, workdir)
+    prove = functools.partial(gradient_table.prove, config, step.loss_terms, workdir, announce)
+    distributed.lead_first("gradient-table", prove, prove)
     checkpointer = Checkpointer(workdir, config, data_identity, announce, change_mixture)
     state, first_step, counters = _restore_or_init(config, mesh, checkpointer, stream)
-    write_config(workdir, to_dict(config))
-    reporter = Reporter(config, workdir, first_step, counters)
+    distributed.lead_first("config", lambda: write_config(workdir, to_dict(config)))
+    reporter = Reporter(config, workdir, first_step, counters, _counts_rows(rows))
     train_step = step.compile_train_step(config, mesh)
     is_replicated = config.train.num_replicates > 1
     num_steps = config.train.num_steps
-    done = first_step
+    done, stopped_by = first_step, 0
+    vote = Vote(mesh)
     with contextlib.ExitStack() as cleanup:
         for resource in (checkpointer, reporter, stream):
             cleanup.callback(resource.close)
-        while done < num_steps and not stop.requested:
+        watchdog = cleanup.enter_context(Watchdog(config.train.step_deadline_s))
+        while done < num_steps and not (stopped_by := vote.highest(signals.requested)):
             lock.check()
             checkpointer.check()
             with reporter.timer.input_wait():
@@ -114,16 +132,55 @@ def _train_steps(
             reporter.start(done, host_batch, metrics)
             for hook in hooks:
                 hook(done, state)
+            if done > first_step + 1:  # the first step was only dispatched, and may compile for long
+                watchdog.beat(done)
             if done % config.train.eval_every_steps == 0 or done == num_steps:
                 with reporter.timer.paused():
                     reporter.add_eval_loss(validate(state))
             if done % config.checkpoint.every_steps == 0:
                 reporter.flush()  # a step that is saved has its line
-                checkpointer.save(done, state, stream.get_state() | reporter.get_state())
+                checkpointer.save(done, state, _position(stream) | reporter.get_state())
         reporter.flush()
         if done:  # the last step, or the one that a signal stopped at; saved already, it is not saved again
-            checkpointer.save(done, state, stream.get_state() | reporter.get_state(), wait=True)
-    return done, state
+            checkpointer.save(done, state, _position(stream) | reporter.get_state(), wait=True)
+    return done, state, stopped_by
+
+
+def _check_that_processes_agree(config: Config, data_identity: Mapping[str, Any]) -> None:
+    """Raises ValueError on all processes of the run, if their configuration, program or data differ."""
+    values = {
+        "configuration": config_hash(config),
+        "program": f"{__version__} {distributed.program_digest()}",
+        "jax": jax.__version__,
+        "tokenizer": data_identity["tokenizer"],
+        **{f"data.sources.{name}": digest for name, digest in data_identity["sources"].items()},
+    }
+    distributed.agree("start", values)
+
+
+def _counts_rows(rows: Sequence[int]) -> bool:
+    """Whether this process counts the rows that it holds: the first of those that hold the same ones does.
+
+    Raises:
+        ValueError: two processes share some of their rows only.
+    """
+    texts = distributed.broadcast("rows", json.dumps(distributed.gather("rows-of", json.dumps(list(rows)))))
+    all_rows = [json.loads(text) for text in json.loads(texts)]
+    others = [other for process, other in enumerate(all_rows) if process != distributed.process_id()]
+    if any(other != list(rows) and set(other) & set(rows) for other in others):
+        raise ValueError(
+            "mesh: two processes share some of the rows that they hold, and not all; let mesh.tensor x mesh.context be "
+            "a multiple or a divisor of the devices of a process"
+        )
+    return list(rows) not in all_rows[: distributed.process_id()]
+
+
+def _position(stream: TrainIterator) -> dict[str, Any]:
+    """The stream's state, of which each process knows its own rows' part; whole on process 0, which stores it."""
+    state = stream.get_state()
+    texts = distributed.gather("position", json.dumps(state["position"].tolist()))
+    parts = [np.asarray(json.loads(text)) for text in texts]
+    return {**state, "position": merge_positions(parts)} if parts else state
 
 
 def _load_fitting_tokenizer(config: Config) -> Tokenizer:
@@ -195,12 +252,13 @@ def _make_validation(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Callab
         open_split(config, tokenizer, name, "val").close()
     eval_step = step.make_eval_step(config, mesh)
     is_replicated = config.train.num_replicates > 1
+    rows = local_rows(mesh, config.eval.batch_rows, is_replicated)
 
     def validate(state: TrainState) -> dict[str, Any]:
         results = {}
         for name in config.data.sources:
             merged = IntervalMetrics()
-            for arrays in validation_batches(config, tokenizer, name):
+            for arrays in validation_batches(config, tokenizer, name, rows):
                 losses = eval_step(state, to_global(arrays, mesh, is_replicated))
                 sums, counts = jax.device_get((losses.sums, losses.counts))
                 merged.add(_without_sources(sums), _without_sources(counts))

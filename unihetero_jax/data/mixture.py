@@ -590,16 +590,25 @@ def make_train_iterator(config: Config, tokenizer: Tokenizer, rows: Sequence[int
     return iter(MixtureDataset(config, tokenizer, rows))
 
 
-def validation_batches(config: Config, tokenizer: Tokenizer, source_name: str) -> Iterator[dict[str, np.ndarray]]:
+def validation_batches(
+    config: Config, tokenizer: Tokenizer, source_name: str, rows_held: Sequence[int] | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """The fixed validation plan of a source: every item of its val split once, `eval.batch_rows` rows at a time.
 
     The plan depends on the data and the row sizes alone, not on `data.seed`, the batch size or the training stream.
     With `eval.validation_rows` only so many rows are given (of a shuffled plan, so their lengths are typical). The last
     batch is filled with rows of padding. Items that no row can hold or that cannot be read are logged.
 
+    Args:
+        config: the experiment.
+        tokenizer: of `config.data.tokenizer`.
+        source_name: the source.
+        rows_held: the rows of each batch that this process holds, in the order wanted; all when not given.
+
     Raises:
         ValueError: the source is unknown, missing, incomplete or without a fitting index.
     """
+    held = range(config.eval.batch_rows) if rows_held is None else rows_held
     if source_name not in config.data.sources:
         raise ValueError(f"data.sources has no {source_name!r}; there are {', '.join(config.data.sources)}")
     source = open_split(config, tokenizer, source_name, "val")
@@ -609,10 +618,11 @@ def validation_batches(config: Config, tokenizer: Tokenizer, source_name: str) -
         if config.eval.validation_rows:
             rows = itertools.islice(rows, config.eval.validation_rows)
         while chosen := list(itertools.islice(rows, config.eval.batch_rows)):
-            arrays = reader.empty_rows(config.eval.batch_rows)
-            for number, draws in enumerate(chosen):
-                for failure in reader.read(draws, packing.row_of(arrays, number)).failures:
-                    _log.warning("masked: %s", failure)
+            arrays = reader.empty_rows(len(held))
+            for number, row in enumerate(held):
+                if row < len(chosen):
+                    for failure in reader.read(chosen[row], packing.row_of(arrays, number)).failures:
+                        _log.warning("masked: %s", failure)
             yield arrays
     finally:
         source.close()

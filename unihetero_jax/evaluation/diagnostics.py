@@ -10,7 +10,6 @@ import itertools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unihetero_jax.arrays import Batch
@@ -30,6 +29,7 @@ from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.inference.generate import prompt_batch
 from unihetero_jax.inference.rollout import rollout
 from unihetero_jax.model.unihetero import Params, build
+from unihetero_jax.sharding import fetch
 
 
 def check_candidates(config: Config, tokenizer: Tokenizer) -> None:
@@ -83,8 +83,8 @@ def rollout_retrieval(config: Config, params: Params, tokenizer: Tokenizer) -> d
             f"data.sources.{source}: images of different grids {sorted(grids)}; retrieval compares equal ones"
         )
     grid = grids.pop()
-    true = np.asarray(_true_embeddings(config, params, _image_batch(config, tokenizer, samples)))
-    drawn = np.asarray(rollout(config, params, drawing_prompts(config, tokenizer, samples, grid), grid[0] * grid[1]))
+    true = fetch(_true_embeddings(config, params, _image_batch(config, tokenizer, samples)))
+    drawn = fetch(rollout(config, params, drawing_prompts(config, tokenizer, samples, grid), grid[0] * grid[1]))
     data_hash = hashlib.blake2b(b"".join(stored), digest_size=8).hexdigest()
     compared = _compare(drawn.astype(np.float64), true[:, : drawn.shape[1]].astype(np.float64))
     return {"source": source, "data_hash": data_hash, **compared}
@@ -98,9 +98,9 @@ def drawing_prompts(config: Config, tokenizer: Tokenizer, samples: list[PackedSa
         prompts.append(PackedSample(before))
     batch = prompt_batch(config, tokenizer, prompts)
     last = np.sum(np.asarray(batch.segment_ids) > 0, axis=1) - 1
-    boi_grid = np.array(batch.boi_grid)
+    boi_grid: Any = np.array(batch.boi_grid)
     boi_grid[np.arange(len(prompts)), last] = grid
-    return dataclasses.replace(batch, boi_grid=jnp.asarray(boi_grid))
+    return dataclasses.replace(batch, boi_grid=boi_grid)
 
 
 def sample_grid(sample: PackedSample, patch_size: int) -> tuple[int, int]:
@@ -119,7 +119,8 @@ def _image_batch(config: Config, tokenizer: Tokenizer, samples: list[PackedSampl
         image = next(piece for piece in sample.pieces if isinstance(piece, ImagePiece))
         alone = PackedSample([TokenPiece([tokenizer.boi_id]), image])
         rows.append(assemble_row([alone], num_tokens + 1, num_tokens * MERGED_PATCHES, patch_size, tokenizer.pad_id))
-    return Batch(**{name: jnp.asarray(value) for name, value in stack_rows(rows).items()})
+    whole: dict[str, Any] = stack_rows(rows)
+    return Batch(**whole)
 
 
 def _true_embeddings(config: Config, params: Params, batch: Batch) -> jax.Array:

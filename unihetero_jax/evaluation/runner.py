@@ -18,6 +18,7 @@ from unihetero_jax.config import Config
 from unihetero_jax.data.question_files import OPTION_LETTERS
 from unihetero_jax.data.records import PROMPT_TEMPLATE
 from unihetero_jax.data.tokenizer import Tokenizer
+from unihetero_jax.distributed import is_lead
 from unihetero_jax.evaluation.benchmarks import Benchmark, read_benchmark
 from unihetero_jax.evaluation.multiple_choice import score_items
 from unihetero_jax.evaluation.scoring import (
@@ -163,7 +164,12 @@ def _result(
 
 
 def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
-    """Writes a result file at once, so that a reader never sees half of it; makes its folder."""
+    """Writes a result file at once, so that a reader never sees half of it; makes its folder.
+
+    Every process of a run computes the same result; process 0 writes it.
+    """
+    if not is_lead():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
 from unihetero_jax.inference.sampling import GREEDY, Sampling, sample
 from unihetero_jax.model.unihetero import Params, build
+from unihetero_jax.sharding import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def generate_text(
     tokens, _ = decode(
         config, params, batch, jax.random.key(seed), max_new_tokens, tokenizer.eos_id, forbidden, sampling
     )
-    return [tokenizer.decode(_until(row, tokenizer.eos_id)).strip() for row in np.asarray(tokens)]
+    return [tokenizer.decode(_until(row, tokenizer.eos_id)).strip() for row in fetch(tokens)]
 
 
 def prompt_sample(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> PackedSample:
@@ -72,7 +74,8 @@ def prompt_batch(config: Config, tokenizer: Tokenizer, samples: Sequence[PackedS
         assemble_row([one], row_tokens, max(row_patches, MERGED_PATCHES), patch_size, tokenizer.pad_id)
         for one in samples
     ]
-    return Batch(**{name: jnp.asarray(value) for name, value in stack_rows(rows).items()})
+    whole: dict[str, Any] = stack_rows(rows)  # of numpy: in a run of many processes each of them gives the whole
+    return Batch(**whole)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "end_id", "forbidden", "sampling"))
