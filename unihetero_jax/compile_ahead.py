@@ -145,8 +145,8 @@ def _check_mesh(config: Config, topology: Topology, asked: str) -> None:
         raise ValueError("train.num_replicates > 1: compile and explain are for one model; set it to 1")
     if mesh.num_slices > 1:
         raise ValueError(f"mesh.num_slices {mesh.num_slices}: one slice is compiled; set mesh.num_slices=1")
-    available = topology.num_devices or len(jax.devices())
-    if needed != available:
+    available = topology.num_devices
+    if available and needed != available:  # how many GPUs there are is for the compiling process to see
         raise ValueError(
             f"--topology={asked} has {available} devices, but mesh.data x fsdp x tensor x context is {mesh.data} x "
             f"{mesh.fsdp} x {mesh.tensor} x {mesh.context} = {needed}; set them, for example --config.mesh.data=1 "
@@ -418,6 +418,8 @@ def main(request: Mapping[str, Any]) -> int:
         topology = parse_topology(request["topology"])
         config = parse_config_flags(request["config"], request["overrides"])
         if topology.name == "gpu":
+            if jax.default_backend() != "gpu":
+                raise ValueError("--topology=gpu: jax sees no GPU here; name a server, such as 8xH100")
             kind = jax.devices()[0].device_kind
             chip = next((c for c in CHIPS.values() if c.platform == "gpu" and c.name in kind), None)
             topology = dataclasses.replace(topology, shape=(len(jax.devices()),), chip=chip)

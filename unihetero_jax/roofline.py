@@ -268,7 +268,7 @@ def memory_estimate(config: Config, state_bytes: float, parameters: int, backend
     of_token = 2 * decoder.dim + (3 * queries + 2 * keys + 3 * decoder.mlp_dim) / mesh.tensor
     of_patch = 2 * encoder.dim + (4 * encoder.dim + 2 * encoder.mlp_dim) / mesh.tensor
     kept = {"full": (decoder.dim, encoder.dim), "dots": (of_token, of_patch), "none": (of_token, of_patch)}
-    terms = {
+    terms: dict[str, float] = {
         "state": state_bytes,
         "gradients": FLOAT32 * parameters / mesh.fsdp / mesh.tensor,
         "tables": tables * (width + FLOAT32) * decoder.vocab_size * decoder.dim / mesh.tensor,
@@ -282,4 +282,4 @@ def memory_estimate(config: Config, state_bytes: float, parameters: int, backend
         if backend == "splash"
         else rows * (config.data.row_tokens**2 / mesh.context + config.data.row_patches**2),
     }
-    return terms | {"total": sum(terms.values())}
+    return terms | {"total": float(sum(terms.values()))}
