@@ -251,13 +251,32 @@ def sum_to_parts(x: jax.Array, over: Sequence[str], axes: tuple[str, ...]) -> ja
             for name in _mesh_axes(over)}  # fmt: skip
     for name, split in sorted(dims.items(), key=lambda item: not item[1]):  # first those that leave less to be summed
         if split:
-            # The parts lie one after another before they are sent: of others XLA's TPU compiler sums the whole array.
-            dim, shape = split[0], x.shape
-            parts = x.reshape(*shape[:dim], jax.lax.axis_size(name), -1, *shape[dim + 1 :])
-            x = jax.lax.psum_scatter(jnp.moveaxis(parts, dim, 0), name)
+            x = _scatter_sum(x, name, split[0])
         else:
             x = jax.lax.psum(x, name)
     return x
+
+
+def _scatter_sum(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """The sum over the devices along a mesh axis, of which each keeps its part of dimension `dim`.
+
+    The parts are laid one after another before they are sent: of others XLA's TPU compiler sums the whole array. That
+    is a copy, so a large array (a token table's gradient) goes in pieces of its first dimension.
+    """
+    if dim == 0:
+        return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+    num_devices = jax.lax.axis_size(axis)
+
+    def of_piece(piece: jax.Array) -> jax.Array:
+        parts = piece.reshape(*piece.shape[:dim], num_devices, -1, *piece.shape[dim + 1 :])
+        return jax.lax.psum_scatter(jnp.moveaxis(parts, dim, 0), axis)
+
+    is_large = x.nbytes > 2**28
+    num_pieces = next(n for n in (16, 8, 4, 2, 1) if x.shape[0] % (8 * n) == 0 or n == 1) if is_large else 1
+    if num_pieces == 1:
+        return of_piece(x)
+    pieces = jax.lax.map(of_piece, x.reshape(num_pieces, -1, *x.shape[1:]))
+    return pieces.reshape(x.shape[0], *pieces.shape[2:])
 
 
 def _mesh_axes(logical_axes: Sequence[str]) -> tuple[str, ...]:
