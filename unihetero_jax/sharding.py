@@ -37,6 +37,9 @@ LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
 """Logical axis -> mesh axis. FSDP splits the width of parameters, tensor parallelism their heads and hidden units,
 context parallelism the positions of the language model's rows; the encoder's patches are repeated over `context`."""
 
+IN_PIECES_ABOVE = 2**28
+"""Bytes of a sum over devices that is made at once; see `_scatter_sum`."""
+
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 _by_hand: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("by_hand", default=None)
 
@@ -271,7 +274,7 @@ def _scatter_sum(x: jax.Array, axis: str, dim: int) -> jax.Array:
         parts = piece.reshape(*piece.shape[:dim], num_devices, -1, *piece.shape[dim + 1 :])
         return jax.lax.psum_scatter(jnp.moveaxis(parts, dim, 0), axis)
 
-    is_large = x.nbytes > 2**28
+    is_large = x.nbytes > IN_PIECES_ABOVE
     num_pieces = next(n for n in (16, 8, 4, 2, 1) if x.shape[0] % (8 * n) == 0 or n == 1) if is_large else 1
     if num_pieces == 1:
         return of_piece(x)
