@@ -220,10 +220,14 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     found = compiled.memory_analysis()
     memory = {
         "arguments": found.argument_size_in_bytes,
-        "outputs_not_donated": found.output_size_in_bytes - found.alias_size_in_bytes,
         "temporaries": found.temp_size_in_bytes,
         "code": found.generated_code_size_in_bytes,
+        # Arguments, code, and the most that temporaries hold at one time; those on the chip itself (VMEM) left out.
+        "total": found.peak_memory_in_bytes,
     }
+    available = topology.chip.hbm_bytes if topology.chip else None
+    if available and memory["total"] > available and topology.platform == "tpu":
+        raise TooBig(f"{memory['total'] / GIB:.2f}G of {available / GIB:.2f}G")
     text = compiled.as_text()
     return Compiled(config, mesh, text or "", memory, lowered_at - start, compile_s)
 
@@ -269,11 +273,11 @@ def describe(compiled: Compiled, topology: Topology) -> dict[str, Any]:
         "versions": _versions(topology),
     }  # fmt: skip
     if named_gpu:
-        memory = memory_estimate(config, state_bytes, counts["total"], backend)
-        report |= {"status": "not compiled", "memory": memory}
+        report |= {
+            "status": "not compiled", "memory": memory_estimate(config, state_bytes, counts["total"], backend),
+        }  # fmt: skip
     else:
-        memory = compiled.memory | {"total": sum(compiled.memory.values())}
-        report |= {"status": "fits", "memory": memory}
+        report |= {"status": "fits", "memory": dict(compiled.memory)}
     if topology.chip is not None:
         if named_gpu:  # what the CPU's compiler sends is wider than what a GPU's would
             real = expected_traffic(config, shapes, axes) if has_theory else {"total": sent}
@@ -284,7 +288,7 @@ def describe(compiled: Compiled, topology: Topology) -> dict[str, Any]:
         roofline = make_roofline(config, topology.chip, mesh.size, backend, state_bytes, network_s)
         report["roofline"] = dataclasses.asdict(roofline) | {"bound_by": roofline.bound_by}
         report["memory"]["available"] = topology.chip.hbm_bytes
-        if named_gpu and memory["total"] > topology.chip.hbm_bytes:
+        if named_gpu and report["memory"]["total"] > topology.chip.hbm_bytes:
             report["status"] = "not compiled, too big by arithmetic"
     return report
 
