@@ -44,9 +44,13 @@ from unihetero_jax.topology import CHIPS, GIB, Topology, parse_topology
 LIBTPU = "0.0.42.1"
 """The compiler for TPUs of the pinned jax (its extra `tpu` names it); also in pyproject.toml, extra `tpu-aot`."""
 LIBTPU_FOLDER, LIBTPU_VARIABLE = ".tpu-aot", "UNIHETERO_LIBTPU"
-COMPILER_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-"""Of TPUs. A gathered weight multiplied piece by piece as it arrives sends the same bytes, hides in compile time and in
-the text what is gathered, and asynchronous all-gathers overlap as well; launch it with the same flag."""
+COMPILER_OPTIONS = {
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+    "xla_tpu_spmd_threshold_for_allgather_cse": "1000000",
+}
+"""Of TPUs, as in `experiments/launch/tpu.env`. A gathered weight multiplied piece by piece as it arrives would send the
+same bytes, but take long to compile and hide in the text what is gathered; asynchronous all-gathers overlap as well. A
+weight gathered to repeat a layer is kept for that layer's gradients, however far apart the two uses are."""
 STRAY_BYTES = 2**20
 """Smaller gathers than this (statistics, masks) are not asked where they come from."""
 MAX_RECOMPILATIONS = 3

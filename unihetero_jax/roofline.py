@@ -158,7 +158,10 @@ def expected_traffic(
             label = f"{component}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
             gather += _gathered(config, component, label, leaf.shape, logical, width)
             if component not in config.optimizer.frozen:
-                gradients += _summed(config.mesh, label, leaf.shape, logical, width, scatters)
+                # A tied table is summed once by each of its uses: the text loss has its part at hand in the forward
+                # pass, and to keep that for the lookup's would take a whole table in float32.
+                uses = 2 if label == "decoder.embedding" and config.model.decoder.tied_embeddings else 1
+                gradients += uses * _summed(config.mesh, label, leaf.shape, logical, width, scatters)
     steps = config.train.accumulation_steps
     tensor = _tensor_traffic(config, width)
     total = steps * (gather + gradients) + tensor
