@@ -14,11 +14,14 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -86,8 +89,9 @@ def compile_command(flags: argparse.Namespace, overrides: Sequence[str]) -> None
         "config": flags.config, "overrides": list(overrides), "topology": topology.name, "output": flags.output,
         "search": not flags.no_search,
     }  # fmt: skip
-    command = [sys.executable, "-m", "unihetero_jax.compile_ahead", json.dumps(request)]
-    code = subprocess.run(command, env=worker_environment(topology, folder)).returncode
+    with tempfile.TemporaryDirectory() as dump:
+        command = [sys.executable, "-m", "unihetero_jax.compile_ahead", json.dumps(request | {"dump": dump})]
+        code = subprocess.run(command, env=worker_environment(topology, folder, dump)).returncode
     if code == 2:
         raise ValueError(f"{flags.config} was not compiled for {topology.name}; the reason stands above")
     if code:
@@ -121,9 +125,11 @@ def _how_to_install() -> str:
     )
 
 
-def worker_environment(topology: Topology, libtpu: str | None) -> dict[str, str]:
-    """What the compiling process sees. The variables keep libtpu from asking a TPU host's metadata server, and let two
-    compilations run at once: libtpu locks a device that these do not have.
+def worker_environment(topology: Topology, libtpu: str | None, dump: str) -> dict[str, str]:
+    """What the compiling process sees.
+
+    The variables keep libtpu from asking a TPU host's metadata server, and let two compilations run at once: libtpu
+    locks a device that these do not have. Its report on memory goes to the folder `dump`.
     """
     environment = dict(os.environ)
     if topology.name != "gpu":
@@ -136,6 +142,7 @@ def worker_environment(topology: Topology, libtpu: str | None) -> dict[str, str]
             "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }  # fmt: skip
         paths = [libtpu] if libtpu else []
+        environment["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=on_mesh"
         environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [environment.get("PYTHONPATH")])])
     elif topology.name != "gpu":
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={topology.num_devices}"
@@ -204,8 +211,13 @@ class Compiled:
     compile_s: float
 
 
-def compile_step(config: Config, topology: Topology) -> Compiled:
+def compile_step(config: Config, topology: Topology, dump: str = "") -> Compiled:
     """Lowers and compiles the train step.
+
+    Args:
+        config: the experiment.
+        topology: the machine.
+        dump: for TPUs, where XLA was told to dump to; its report on memory is read there and the rest removed.
 
     Raises:
         TooBig: with the compiler's message.
@@ -223,17 +235,34 @@ def compile_step(config: Config, topology: Topology) -> Compiled:
     compile_s = time.perf_counter() - lowered_at
     found = compiled.memory_analysis()
     memory = {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
+        "arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes,
         "code": found.generated_code_size_in_bytes,
-        # Arguments, code, and the most that temporaries hold at one time; those on the chip itself (VMEM) left out.
-        "total": found.peak_memory_in_bytes,
-    }
-    available = topology.chip.hbm_bytes if topology.chip else None
-    if available and memory["total"] > available and topology.platform == "tpu":
-        raise TooBig(f"{memory['total'] / GIB:.2f}G of {available / GIB:.2f}G")
+    }  # fmt: skip
+    memory["total"] = found.peak_memory_in_bytes
+    if topology.platform == "tpu":
+        memory |= _hbm_of_dump(Path(dump), memory)
+        available = topology.chip.hbm_bytes if topology.chip else math.inf
+        if memory["total"] > available:
+            raise TooBig(f"{memory['total'] / GIB:.2f}G of {available / GIB:.2f}G")
     text = compiled.as_text()
     return Compiled(config, mesh, text or "", memory, lowered_at - start, compile_s)
+
+
+def _hbm_of_dump(dump: Path, memory: Mapping[str, float]) -> dict[str, float]:
+    """Temporaries and total in HBM, from the compiler's own report.
+
+    `memory_analysis` adds what lies in the chip's on-core memory (libtpu 0.0.42.1), and that may be most of it.
+    """
+    reports = sorted(dump.glob("*after_optimizations-memory-usage-report.txt"), key=lambda path: path.stat().st_mtime)
+    total = (
+        re.search(r"^Memory Space: default .*\nTotal bytes: (\d+)", reports[-1].read_text(), re.M) if reports else None
+    )
+    if total is None:
+        raise ValueError(f"libtpu left no report on memory in {dump}; compile with libtpu=={LIBTPU}")
+    for path in dump.iterdir():  # tens of megabytes of text
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    in_hbm = float(total[1])
+    return {"temporaries": in_hbm - memory["arguments"], "total": in_hbm + memory["code"]}
 
 
 def describe(compiled: Compiled, topology: Topology) -> dict[str, Any]:
@@ -364,7 +393,7 @@ def _too_big(request: Mapping[str, Any], config: Config, topology: Topology, err
         overrides += [f"{name}={value}" for name, value in changes.items()]
         tried = [o for o in overrides if o not in request["overrides"]]
         try:
-            compile_step(parse_config_flags(request["config"], overrides), topology)
+            compile_step(parse_config_flags(request["config"], overrides), topology, request["dump"])
         except TooBig:
             continue
         except ConfigError:
@@ -433,7 +462,7 @@ def main(request: Mapping[str, Any]) -> int:
             topology = dataclasses.replace(topology, shape=(len(jax.devices()),), chip=chip)
         _check_mesh(config, topology, request["topology"])
         try:
-            report = describe(compile_step(config, topology), topology)
+            report = describe(compile_step(config, topology, request["dump"]), topology)
             print(format_report(report))
         except TooBig as error:
             report = _too_big(request, config, topology, error)

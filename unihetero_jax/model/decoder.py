@@ -41,7 +41,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S H d"], Float[Array, "B S G d"], Float[Array, "B S G d"]]:
         """Queries, keys and values by head, rotated to their positions."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        # Pinned before it is split into heads: else the compiler splits the weight instead, and gathers it once more for
+        # Pinned before it is split into heads: else the compiler splits the weight instead, and gathers it again for
         # the backward pass, whose product has the unsplit one.
         query, key, value = (
             constrain(linear(x), "batch", "sequence", "heads").reshape(heads)
