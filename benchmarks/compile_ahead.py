@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         for size in flags.sizes.split(","):
             for topology in flags.topologies.split(","):
                 key = f"{size}@{topology}"
-                if flags.again or key not in results:
+                if flags.again or results.get(key, {}).get("status", "failed") == "failed":
                     print(f"\n== {key}", flush=True)
                     results[key] = compile_one(size, topology)
                     ordered = {k: results[k] for k in sorted(results, key=_order)}

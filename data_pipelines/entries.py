@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from unihetero_jax.data import records
-from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, RecordError, TextSegment
+from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, RecordError, TextSegment, Turns
 from unihetero_jax.data.tokenizer import Tokenizer
 
 MAX_EXAMPLE_CHARS = 500
@@ -172,9 +172,9 @@ def content_of(record: Record) -> bytes:
     return hashlib.blake2b(records.serialize(bare), digest_size=16).digest()
 
 
-def index_row(record: Record, encode: Encode, spec: ImageSpec) -> IndexRow:
+def index_row(record: Record, encode: Encode, spec: ImageSpec, turns: Turns = "branches") -> IndexRow:
     """The record's row of the index of lengths, as `records.INDEX_DTYPE` has it."""
-    num_tokens, num_patches = records.record_cost(record, encode, spec)
+    num_tokens, num_patches = records.record_cost(record, encode, spec, turns)
     num_images = sum(isinstance(segment, ImageSegment) for segment in record.segments)
     flags = records.FLAG_GENERATED_IMAGE if _generates(record) else 0
     if num_tokens >= 2**32 or num_patches >= 2**16 or num_images >= 2**8:

@@ -1,4 +1,4 @@
-"""Adds the index of lengths for another tokenizer or image spec to prepared folders, without rewriting records.
+"""Adds the index of lengths for another tokenizer, image spec or layout of turns to prepared folders.
 
 python -m data_pipelines.index data/real/nlvr --tokenizer=data/real/tokenizer --patch-size=16
 """
@@ -18,11 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", help="prepared folders, local or in a bucket")
     parser.add_argument("--tokenizer", required=True, help="folder with a tokenizer.json")
     add_spec_flags(parser)
+    parser.add_argument("--turns", choices=["branches", "repeated_prefix"], default="branches", help="data.turns")
     flags = parser.parse_args(arguments)
     try:
         tokenizer, spec = load_tokenizer(flags.tokenizer), spec_from_flags(flags)
         for folder in map(to_path, flags.folders):
-            print(f"{folder}: index {build_index(folder, tokenizer, spec)}")
+            print(f"{folder}: index {build_index(folder, tokenizer, spec, flags.turns)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

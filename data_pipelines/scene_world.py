@@ -16,9 +16,18 @@ from pathlib import Path
 from data_pipelines.scene_questions import QUESTION_KINDS, Question, make_question, make_questions
 from data_pipelines.scenes import IMAGE_SIZE, Level, Scene, Split, caption, encode_png, make_scene, render, scene_rng
 from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
-from data_pipelines.writer import FolderExists, new_folder, write_prepared
-from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment, format_answer, format_prompt
-from unihetero_jax.data.tokenizer import train_tokenizer
+from data_pipelines.writer import FolderExists, build_index, new_folder, write_prepared
+from unihetero_jax.data.records import (
+    ImageSegment,
+    ImageSpec,
+    Record,
+    TextSegment,
+    Turns,
+    format_answer,
+    format_prompt,
+    index_key,
+)
+from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
 TURNS_PER_SCENE = 5
 CAPTION_TURN_SHARE = 0.15
@@ -180,6 +189,15 @@ def ensure_scene_world(
     different = ", ".join(f"{key} {settings.get(key)!r} instead of {value!r}" for key, value in other.items())
     if different:
         raise ValueError(f"{path} holds another scene world ({different}); remove it, or set scene_world.path")
+
+
+def ensure_index(path: str, spec: ImageSpec, turns: Turns) -> None:
+    """Adds the index of lengths for a layout of turns to both sources of a scene world, unless it is there."""
+    tokenizer = load_tokenizer(Path(path) / "tokenizer")
+    key = index_key(tokenizer.hash, spec, turns)
+    for name in ("qa", "generation"):
+        if not all((Path(path) / name / "index" / f"{key}.{split}.npy").exists() for split in ("train", "val")):
+            build_index(Path(path) / name, tokenizer, spec, turns)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -294,18 +294,19 @@ def _is_whole(path: Folder, expected: Mapping[str, Any]) -> bool:
         return _describe(copy).items() <= expected.items()
 
 
-def build_index(path: Folder, tokenizer: Tokenizer, spec: ImageSpec) -> str:
-    """Adds the index of lengths for another tokenizer or image spec to a prepared folder; returns its key.
+def build_index(path: Folder, tokenizer: Tokenizer, spec: ImageSpec, turns: records.Turns = "branches") -> str:
+    """Adds the index of lengths for another tokenizer, image spec or layout of turns; returns its key.
 
     Raises:
         ValueError: the folder is not a prepared one, or is damaged.
     """
     if fault := check_prepared(path):
         raise ValueError(f"{fault}; it is no prepared folder, or its preparation did not finish: prepare it again")
-    key = records.index_key(tokenizer.hash, spec)
+    key = records.index_key(tokenizer.hash, spec, turns)
     encode = functools.lru_cache(maxsize=1 << 16)(tokenizer.encode)
     for split in SPLITS:
-        write_index(path, key, split, [index_row(stored.record, encode, spec) for stored in read_stored(path, split)])
+        rows = [index_row(stored.record, encode, spec, turns) for stored in read_stored(path, split)]
+        write_index(path, key, split, rows)
     return key
 
 

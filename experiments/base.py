@@ -107,7 +107,12 @@ def get_config(arg: str = "") -> ConfigDict:
                 "max_consecutive_skips": 10,
                 "step_deadline_s": 1800.0,  # longer than validation or a save; compiling is not under it
             },
-            "checkpoint": {"every_steps": 200, "keep_last": 3, "keep_every_steps": 0},
+            "checkpoint": {
+                "every_steps": 200,
+                "keep_last": 3,
+                "keep_every_steps": 0,
+                "verify_digests": True,  # storage flips bits, and Orbax restores them without an error
+            },
             "mesh": {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, "num_slices": 1},
             "eval": {
                 "benchmarks": {},

@@ -43,15 +43,29 @@ def writing(rng, length=6):
     return PackedSample([tokens(rng, length), TokenPiece([EOS], True)])
 
 
-def batch_of(rows, row_tokens=40, row_patches=40):
+def batch_of(rows, row_tokens=40, row_patches=40, turns="branches"):
     """One packed row per list of samples."""
-    made = [assemble_row(samples, row_tokens, row_patches, PATCH, PAD) for samples in rows]
+    made = [assemble_row(samples, row_tokens, row_patches, PATCH, PAD, turns) for samples in rows]
     return Batch(**{name: jnp.asarray(value) for name, value in stack_rows(made).items()})
 
 
-def mixed_batch(seed=0, num_rows=4):
+def mixed_batch(seed=0, num_rows=4, turns="branches", row_tokens=40, row_patches=40):
     rng = np.random.default_rng(seed)
-    return batch_of([[reading(rng), drawing(rng), writing(rng)] for _ in range(num_rows)])
+    rows = [[reading(rng), drawing(rng), writing(rng)] for _ in range(num_rows)]
+    return batch_of(rows, row_tokens, row_patches, turns)
+
+
+def many_turns(turns="branches", num_rows=2):
+    """Rows of four samples, two with several turns; one prefix holds supervised text and a drawn image."""
+    rng = np.random.default_rng(7)
+
+    def drawn_and_asked():
+        return PackedSample([*drawing(rng).pieces[:-1], *reading(rng, turns=(2, 5)).pieces[3:]])
+
+    rows = [
+        [writing(rng), drawn_and_asked(), reading(rng, (2, 2), (3, 1, 4, 2)), drawing(rng)] for _ in range(num_rows)
+    ]
+    return batch_of(rows, 128, 80, turns)
 
 
 @functools.cache

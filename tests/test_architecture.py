@@ -22,25 +22,26 @@ LAYERS: list[set[str]] = [
         "data.row_plan", "command_line", "workdir", "distributed",
     },
     {
-        "state", "metrics", "integrity", "watchdog", "data.shards", "data.sources", "data.transforms", "data.roles",
-        "data.packing", "inference.sampling", "model.layers", "model.splash", "model.attention", "model.vision_encoder",
+        "state", "metrics", "integrity", "profiling", "watchdog", "data.shards", "data.sources", "data.transforms",
+        "data.roles", "data.packing", "inference.sampling", "model.layers", "model.splash", "model.attention",
+        "model.vision_encoder",
         "model.semantic_encoder", "model.decoder", "model.semantic_head", "text_loss",
     },
     {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline"},
-    {"inference", "hf_weights", "step", "gradient_table", "reporting", "data_stats", "stored_steps"},
+    {"inference", "hf_weights", "step", "gradient_table", "reporting", "data_stats", "stored_steps", "export"},
     {"train", "evaluation", "scaling", "report", "compile_ahead", "explain"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 37
-MAX_CLOSURE_LINES = 9400
+MAX_CLOSURE_MODULES = 38
+MAX_CLOSURE_LINES = 9600
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
-Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its lock, the
-digests, the TPU's attention and the opening of sources are modules of their own, so that each file stays short; a third
-of the lines are docstrings.
+Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its traces
+and its lock, the processes, the watchdog, the digests, the TPU's attention and the opening of sources are modules of
+their own, so that each file stays short; a third of the lines are docstrings.
 """
 
 SHOWN_AS_LOADED = {"data_pipelines.report": {"packing", "row_plan", "transforms"}}

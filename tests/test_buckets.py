@@ -7,6 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -24,6 +25,7 @@ from unihetero_jax.data import shards
 from unihetero_jax.data.mixture import make_train_iterator
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from unihetero_jax.metrics import METRICS_NAME, REPLACED_NAME, read_metrics
+from unihetero_jax.profiling import Profile
 from unihetero_jax.workdir import GrowingFiles
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -314,3 +316,18 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, tiny_world, tiny_flags,
         assert told.code == 0, told.output
         counted = program.run(["data-stats", f"--workdir={workdir}"])
         assert counted.code == 0 and "drawn up to step 8" in counted.output, counted.output
+
+
+def test_a_trace_is_copied_to_the_bucket_whole(bucket):
+    """The profiler writes to file systems alone; a copy that fails is tried again."""
+    told, step = [], jax.jit(lambda x: x + 1)
+    bucket.faults.every, bucket.faults.kinds, bucket.faults.matching = 2, (UNAVAILABLE,), "xplane"
+    profile = Profile((1, 2), bucket.root / "traced", 0, told.append)
+    for number in (1, 2, 3):
+        profile.run(number, step, 0.0)
+    (folder,) = storage.list_folder(bucket.root / "traced" / "profile" / "plugins" / "profile")
+    (trace,) = (path for path in storage.list_folder(folder) if path.name.endswith(".xplane.pb"))
+    planes = jax.profiler.ProfileData.from_serialized_xspace(storage.read_bytes(trace)).planes
+    steps = [dict(e.stats)["step_num"] for p in planes for line in p.lines for e in line.events if e.name == "train"]
+    assert [int(number) for number in steps] == [1, 2]
+    assert "gs://bucket/traced/profile" in told[0]

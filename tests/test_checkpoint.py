@@ -1,5 +1,7 @@
 """Checkpoints: whole or absent, verified, and restorable onto any mesh."""
 
+import contextlib
+import hashlib
 import json
 import os
 import random
@@ -8,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,8 @@ from unihetero_jax.checkpoint import (
     restore_subtree,
 )
 from unihetero_jax.config import from_config_dict, to_dict
+from unihetero_jax.integrity import verify
+from unihetero_jax.storage import to_path
 
 
 @pytree_dataclass
@@ -279,6 +284,37 @@ def test_damaged_named_step_is_refused_with_its_file(copied):
     checkpointer.close()
 
 
+def test_verification_can_be_turned_off(copied):
+    """Then nothing is read: an equal number of other bytes passes, a shorter file does not."""
+    (path,) = (p for p in files_of(copied / "checkpoints" / "200" / "metadata") if p.name == "metadata")
+    sound, config = path.read_bytes(), make_config(**{"checkpoint.verify_digests": False})
+    path.write_bytes(sound.replace(b'"python": "3', b'"python": "9'))
+    assert path.read_bytes() != sound
+    assert restore_newest(copied, config)[0] == 200
+    path.write_bytes(sound[:-1])
+    messages = []
+    assert restore_newest(copied, config, messages)[0] == 100
+    assert any("metadata/metadata has" in message for message in messages)
+
+
+def test_a_step_with_digests_of_the_former_hash_is_verified_with_it(copied):
+    for step, damaged in ((200, True), (100, False)):
+        folder = copied / "checkpoints" / str(step)
+        content = json.loads((folder / "manifest.json").read_text())["content"]
+        assert content.pop("hash") == "xxh3_128"
+        for name, entry in content["files"].items():
+            entry["digest"] = hashlib.blake2b((folder / name).read_bytes(), digest_size=16).hexdigest()
+        text = json.dumps(content, indent=1, sort_keys=True)
+        own = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        text = json.dumps({"content": content, "digest": own}, indent=1, sort_keys=True)
+        (folder / "manifest.json").write_text(text + "\n")
+        path = folder / "state" / "_METADATA"
+        assert verify(to_path(folder)) is None
+        if damaged:
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert restore_newest(copied)[0] == 100
+
+
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "expected"), [(1, 0, [7]), (2, 0, [6, 7]), (2, 3, [3, 6, 7]), (9, 0, list(range(1, 8)))]
 )
@@ -301,25 +337,98 @@ def test_non_finite_parameters_are_refused(tmp_path):
     checkpointer.close()
 
 
-def test_failure_in_the_background_surfaces_once_and_later_saves_work(tmp_path):
-    """A full disk, as a limit on the size of files: the small files fit, the arrays do not."""
-    big = {"params": {"x": jnp.asarray(np.random.default_rng(0).standard_normal(300_000), jnp.float32)}}
+@pytest.mark.parametrize("restored", [True, False])
+def test_the_first_save_of_a_run_compiles_nothing(tmp_path, caplog, restored):
+    """The check of the parameters is compiled from the moment that a run asks for its state, beside other things."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    width = 11 if restored else 12  # shapes that no other test has compiled
+    state = jax.device_put(
+        {"params": {"a": np.ones((3, width), np.float32), "b": np.ones(width, np.float32)}}, sharding
+    )
+    checkpointer = Checkpointer(tmp_path, make_config())
+    if restored:
+        assert checkpointer.restore(abstract(state)) is None
+        checkpointer._compiling.result()
+    with jax.log_compiles():
+        checkpointer.save(1, state, {})
+    assert (
+        any("Compiling" in record.message and "_all_finite" in record.message for record in caplog.records) != restored
+    )
+    checkpointer.close()
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which the disk is full, as a limit on the size of files: small files fit, arrays do not."""
+
+    @contextlib.contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
+BIG = {"params": {"x": np.random.default_rng(0).standard_normal(300_000).astype(np.float32)}}
+
+
+def test_failure_in_the_background_surfaces_once_and_later_saves_work(tmp_path, full_disk):
+    big = jax.tree.map(jnp.asarray, BIG)
     checkpointer = Checkpointer(tmp_path, make_config())
     checkpointer.save(1, big, {}, wait=True)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(CheckpointError, match=r"saving checkpoint 2 failed.*earlier checkpoints are untouched"):
-            checkpointer.save(2, big, {})
-            checkpointer.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(), pytest.raises(CheckpointError, match=r"saving checkpoint 2 failed.*checkpoints are untouched"):
+        checkpointer.save(2, big, {})
+        checkpointer.wait()
     assert checkpointer.all_steps() == [1]
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "completed.json"}
     checkpointer.save(2, big, {}, wait=True)
     checkpointer.check()
     assert checkpointer.all_steps() == [1, 2]
     checkpointer.close()
+
+
+@pytest.mark.parametrize("how", ["the check of every step", "the next save", "the end"])
+def test_failure_in_the_background_is_raised_by(tmp_path, full_disk, how):
+    big = jax.tree.map(jnp.asarray, BIG)
+    checkpointer = Checkpointer(tmp_path, make_config())
+    with full_disk():
+        checkpointer.save(2, big, {})
+        checkpointer._thread.join()
+    surfaces = {
+        "the check of every step": checkpointer.check,
+        "the next save": lambda: checkpointer.save(3, big, {}),
+        "the end": checkpointer.close,
+    }
+    with pytest.raises(CheckpointError, match="saving checkpoint 2 failed"):
+        surfaces[how]()
+    assert checkpointer.all_steps() == []
+
+
+def test_a_save_begins_when_the_one_before_is_complete(tmp_path, monkeypatch):
+    """Each is slow in the background; a save that is asked for meanwhile waits, and is then written, too."""
+    checkpointer = Checkpointer(tmp_path, make_config())
+    events, save, complete = [], checkpointer._manager.save, checkpointer._complete
+
+    def slowly(step, arrays):
+        time.sleep(0.2)
+        complete(step, arrays)
+        events.append(("complete", step))
+
+    def begin(step, **arguments):
+        events.append(("begin", step))
+        return save(step, **arguments)
+
+    monkeypatch.setattr(checkpointer, "_complete", slowly)
+    monkeypatch.setattr(checkpointer._manager, "save", begin)
+    for step in (1, 2, 3):
+        checkpointer.save(step, make_state(step), position_of(step))
+    checkpointer.close()
+    assert events == [(what, step) for step in (1, 2, 3) for what in ("begin", "complete")]
+    assert list_steps(tmp_path) == [1, 2, 3]
 
 
 def test_same_step_twice_is_saved_once(tmp_path):

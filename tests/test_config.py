@@ -123,6 +123,7 @@ def test_whole_numbers_serve_as_floats(values):
 BROKEN = {
     "model.encoder.num_heads": (3, "model.encoder.dim 16 must be a multiple of model.encoder.num_heads 3"),
     "model.decoder.head_dim": (7, "model.decoder.head_dim 7 must be even"),
+    "model.attention_backend": ("splash", "model.attention_backend=splash cannot mask independent turns of a sample"),
     "data.row_patches": (30, "data.row_patches 30 must be a multiple of 4"),
     "data.image_min_patches": (17, "data.image_min_patches 17 must lie between 1 and data.image_max_patches 16"),
     "data.sources.only.weight": (0.0, "data.sources.only.weight 0.0 must be positive"),

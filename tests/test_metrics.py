@@ -153,12 +153,12 @@ def test_interval_sums_do_not_lose_small_terms():
 def test_step_timer():
     now = [100.0]
     timer = StepTimer(lambda: now[0])
-    with timer.input_wait():
+    with timer.phase("input_wait"):
         now[0] += 1.0
     now[0] += 3.0
     timer.add_step()
     timer.add_work(num_samples=8, num_tokens=100, model_flops=2e9)
-    with timer.paused():
+    with timer.phase("eval"):
         now[0] += 50.0
     now[0] += 1.0
     timer.add_step()
@@ -171,6 +171,53 @@ def test_step_timer():
     timer.add_step()
     timer.add_work(5, 5, 5.0)
     assert timer.result()["samples_per_s"] == 5.0
+
+
+def test_goodput_accounts_for_every_second():
+    now = [1000.0]
+
+    def spend(seconds):
+        now[0] += seconds
+
+    timer = StepTimer(lambda: now[0], started_s=990.0)
+    spend(5.0)
+    assert timer.goodput()["start_up_s"] == timer.goodput()["wall_s"] == 15.0
+    for number in range(3):
+        with timer.phase("input_wait"):
+            spend(0.5)
+        with timer.phase("step" if number else "compile"):
+            spend(2.0 if number else 30.0)
+        with timer.phase("step"):
+            spend(1.0)
+        spend(0.25)
+    with timer.phase("eval"):
+        spend(4.0)
+    with pytest.raises(KeyError), timer.phase("save"):
+        spend(3.0)
+        raise KeyError("counted though it failed")
+    found = timer.goodput()
+    assert found == {
+        "goodput": 7.0 / 61.25, "wall_s": 61.25, "start_up_s": 15.0, "compile_s": 30.0, "input_wait_s": 1.5,
+        "step_s": 7.0, "eval_s": 4.0, "save_s": 3.0, "other_s": 0.75,
+    }  # fmt: skip
+    assert found["wall_s"] == sum(value for name, value in found.items() if name not in ("goodput", "wall_s"))
+    timer.add_step()
+    timer.result()
+    assert timer.goodput() == found, "a report starts the rates anew, not the account of the run"
+
+
+def test_a_run_begins_with_its_process_and_the_next_where_the_last_ended():
+    code = (
+        "import time; t = time.time(); time.sleep(0.3)\n"
+        "from unihetero_jax.metrics import StepTimer\n"
+        "first = StepTimer(); a = first.goodput()['wall_s']; b = time.time() - t\n"
+        "first.close(); time.sleep(0.1)\n"
+        "print(a - b, StepTimer().goodput()['wall_s'])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    interpreter_s, second_s = map(float, ended.stdout.split())
+    assert -0.05 < interpreter_s < 5.0, "it began with the interpreter, before the first line"
+    assert 0.1 <= second_s < 0.3
 
 
 def test_progress_prints_plain_lines_without_a_terminal():

@@ -14,6 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
 from data_pipelines import index as index_command
+from data_pipelines.writer import build_index
 from experiments import base
 from unihetero_jax.config import from_config_dict
 from unihetero_jax.data import mixture, records
@@ -560,14 +561,14 @@ def test_sources_are_checked_at_open(tmp_path, folders, tokenizer, tokenizer_fol
         opened(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_the_command_for_a_missing_index_makes_it(tmp_path, folders, tokenizer, tokenizer_folder, split):
+@pytest.mark.parametrize(("split", "turns"), [("train", "branches"), ("val", "branches"), ("train", "repeated_prefix")])
+def test_the_command_for_a_missing_index_makes_it(tmp_path, folders, tokenizer, tokenizer_folder, split, turns):
     """The printed command, run as it stands, with a folder whose name a shell would split."""
     folder = write_source(
         tmp_path / "an other", "a", tokenizer, {split: make_records("a", 6)} | {"train": make_records("a", 6)},
-        spec=ImageSpec(4, 8, 64),
+        spec=ImageSpec(4, 8, 64) if turns == "branches" else SPEC,
     )  # fmt: skip
-    config = make_config(folders, tokenizer_folder)
+    config = make_config(folders, tokenizer_folder, data__turns=turns)
     sources = {"a": dataclasses.replace(config.data.sources["a"], path=str(folder))}
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
 
@@ -582,6 +583,30 @@ def test_the_command_for_a_missing_index_makes_it(tmp_path, folders, tokenizer, 
     _, _, command = str(caught.value).partition("run: ")
     assert index_command.main(shlex.split(command)[3:]) == 0
     opened()
+
+
+def test_repeated_prefixes_are_planned_by_their_cost(tmp_path, tokenizer, tokenizer_folder, caplog):
+    """Every sample takes what its index says (else it is masked, with a warning), and nothing but prefixes repeats."""
+    image = ImageSegment(png(48, 48), 48, 48)
+    made = [
+        Record("t", "vqa", (image, *(TextSegment(f"{k} is", bool(k % 2), k) for k in range(1, 2 + i % 4))), {"id": i})
+        for i in range(40)
+    ]
+    write_source(tmp_path / "t", "t", tokenizer, {"train": made, "val": made})
+    source = {"t": {"path": str(tmp_path / "t"), "weight": 1.0, "augment": "none"}}
+    targets, positions, patches = [], [], []
+    for turns in ("branches", "repeated_prefix"):
+        build_index(tmp_path / "t", tokenizer, SPEC, turns)
+        config = make_config(tmp_path, tokenizer_folder, data__sources=source, data__turns=turns)
+        batches = list(mixture.validation_batches(config, tokenizer, "t"))
+        tokens = [batch["tokens"][batch["text_loss_mask"]] for batch in batches]
+        targets.append(sorted(np.concatenate(tokens).tolist()))
+        positions.append(sum(int((batch["segment_ids"] > 0).sum()) for batch in batches))
+        patches.append(sum(int((batch["patch_segment_ids"] > 0).sum()) for batch in batches))
+    assert not caplog.records
+    assert targets[0] == targets[1] != [] and patches == [40 * 36] * 2
+    num_repeats, prefix = sum(i % 4 for i in range(40)), 9 + 2  # 3 x 3 visual tokens and two markers
+    assert positions[1] - positions[0] == prefix * num_repeats
 
 
 @pytest.mark.parametrize("batch_rows", [1, 4])

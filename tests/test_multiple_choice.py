@@ -76,7 +76,7 @@ def sequences(batch: dict[str, np.ndarray]):
         for segment in range(1, segments.max() + 1):
             inside = segments == segment
             prefix = np.flatnonzero(inside & (branches == 0))
-            for branch in range(1, max(branches[inside].max(), 1) + 1):
+            for branch in sorted({*branches[inside].tolist()} - {0}) or [1]:
                 yield row, np.concatenate([prefix, np.flatnonzero(inside & (branches == branch))])
 
 
@@ -115,8 +115,9 @@ def plain_scores(item: Item, tokenizer: Tokenizer, config: Config) -> list[float
     return sums
 
 
-def test_packed_scores_are_those_of_plain_sequences(tokenizer):
-    items, config = make_items(17), make_config()
+@pytest.mark.parametrize("turns", ["branches", "repeated_prefix"])
+def test_packed_scores_are_those_of_plain_sequences(tokenizer, turns):
+    items, config = make_items(17), make_config(turns=turns)
     scores = score_items(items, tokenizer, config, hashed_log_probs)
     for item, score in zip(items, scores, strict=True):
         assert not score.unscored
@@ -143,23 +144,26 @@ def test_rows_are_shared_batches_are_full_and_progress_is_told(tokenizer):
     assert num_rows < 12 and len(shapes) == math.ceil(num_rows / BATCH_ROWS) and seen[-1][0] == num_rows
 
 
-def test_an_item_larger_than_a_row_is_spread_over_samples(tokenizer):
+@pytest.mark.parametrize("turns", ["branches", "repeated_prefix"])
+def test_an_item_larger_than_a_row_is_spread_over_samples(tokenizer, turns):
     item = Item("0", "What is the color of shape 1?", COLORS, 0, picture(1, 48, 48), "x")  # 3 x 3 visual tokens
-    wide = make_config(row_tokens=256)
+    wide = make_config(row_tokens=256, turns=turns)
     counts = []
 
     def log_probs(batch):
-        counts.append(sum(int(segments.max()) for segments in batch["segment_ids"]))
+        counts.append(sum(int(segments.max() > 0) for segments in batch["segment_ids"]))
         return hashed_log_probs(batch)
 
     expected = score_items([item], tokenizer, wide, log_probs)
     assert sum(counts) == 1
     counts.clear()
     longest = 9 + 2 + len(tokenizer.encode(item.question)) + max(len(tokenizer.encode(" " + o)) for o in COLORS)
-    narrow = make_config(row_tokens=longest)
+    narrow = make_config(row_tokens=longest, turns=turns)
     assert score_items([item], tokenizer, narrow, log_probs) == expected
     assert sum(counts) > 1, "the smallest row that holds the longest option cannot hold all four"
-    too_narrow = score_items([item, make_items(1)[0]], tokenizer, make_config(row_tokens=longest - 1), log_probs)
+    too_narrow = score_items(
+        [item, make_items(1)[0]], tokenizer, make_config(row_tokens=longest - 1, turns=turns), log_probs
+    )
     assert too_narrow[0].unscored == "too_long" and too_narrow[0].by_sum is None
     assert not too_narrow[1].unscored, "the others are scored"
 

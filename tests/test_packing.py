@@ -24,11 +24,12 @@ visual_index      .    .    .    0    1    2    3    .    .    .    4    5    6 
 visual_loss_mask  .    .    .    x    x    x    x    .    .    .    .    .    .    .    .    .    .    .    .
 text_loss_mask    .    x    x    .    .    .    .    x    x    .    .    .    .    .    .    .    x    .    x
 """
+TURNS = ("branches", "repeated_prefix")
 VALUES = {"the": THE, "cat": CAT, "boi": BOI, "eoi": EOI, "eos": EOS, "q1": Q1, "a1": A1, "q2": Q2, "a2": A2, "x": 1}
 
 
-def drawn_row(length):
-    lines = [line.split() for line in DRAWN.strip().splitlines()]
+def drawn_row(length, drawing=DRAWN):
+    lines = [line.split() for line in drawing.strip().splitlines()]
     row = {}
     for name, *cells in lines:
         fill = PAD if name == "tokens" else 0
@@ -89,6 +90,72 @@ def test_row_is_laid_out_as_drawn():
     kinds = {name: str(value.dtype) for name, value in row.items()}
     assert {kinds[n] for n in ("text_loss_mask", "visual_mask", "visual_loss_mask")} == {"bool"}
     assert kinds["patches"] == "uint8" and kinds["row_hash"] == "uint32" and kinds["tokens"] == "int32"
+
+
+REPEATED = """
+tokens           boi   .    .    .    .   eoi  q1   a1  boi   .    .    .    .   eoi  q2   a2
+segment_ids       2    2    2    2    2    2    2    2   3    3    3    3    3    3    3    3
+branch_ids        0    0    0    0    0    0    1    1   0    0    0    0    0    0    2    2
+positions         0    1    2    3    4    5    6    7   0    1    2    3    4    5    6    7
+visual_mask       .    x    x    x    x    .    .    .   .    x    x    x    x    .    .    .
+visual_index      .    4    5    6    7    .    .    .   .    4    5    6    7    .    .    .
+visual_loss_mask  .    .    .    .    .    .    .    .   .    .    .    .    .    .    .    .
+text_loss_mask    .    .    .    .    .    .    .    x   .    .    .    .    .    .    .    x
+"""
+"""The second sample of `DRAWN` with its prefix repeated, as drawn in `arrays.Batch`; it stands at 9."""
+
+
+def test_repeated_prefix_is_laid_out_as_drawn():
+    row = packing.assemble_row([*drawn_samples(), drawn_samples()[0]], 40, 60, 1, PAD, "repeated_prefix")
+    branches = packing.assemble_row(drawn_samples(), 24, 40, 1, PAD)
+    for name, expected in drawn_row(16, REPEATED).items():
+        np.testing.assert_array_equal(row[name][9:25], expected, err_msg=name)
+        np.testing.assert_array_equal(row[name][:9], branches[name][:9], err_msg=name)
+    assert row["source_ids"].tolist() == [3] * 9 + [1] * 16 + [3] * 9 + [0] * 6
+    assert row["segment_ids"][25:].tolist() == [4] * 9 + [0] * 6
+    assert row["boi_grid"][[9, 17]].tolist() == [[1, 4], [1, 4]] and (row["boi_grid"] > 0).any(-1).sum() == 4
+    for name in ("patches", "patch_segment_ids", "patch_coords", "patch_grid"):  # stored and encoded once
+        np.testing.assert_array_equal(row[name][:32], branches[name][:32], err_msg=name)
+    assert packing.sample_cost(drawn_samples()[1], 1, "repeated_prefix") == (16, 16)
+
+
+def test_losses_of_a_prefix_count_on_its_first_copy_only():
+    """An eager sample: supervised text and a drawn image in the prefix, every token of the turns a target."""
+    pieces = [*drawn_samples()[0].pieces[:-1], *(TokenPiece([50 + k, 60 + k], True, k) for k in (1, 2, 3))]
+    rows = [packing.assemble_row([PackedSample(pieces)], 40, 16, 1, PAD, turns) for turns in TURNS]
+    for name in ("text_loss_mask", "visual_loss_mask"):
+        assert rows[0][name].sum() == rows[1][name].sum() > 0
+        np.testing.assert_array_equal(rows[0][name][:8], rows[1][name][:8], err_msg=name)
+    targets = [row["tokens"][row["text_loss_mask"]].tolist() for row in rows]
+    assert targets[0] == targets[1] == [CAT, BOI, EOI, 51, 61, 62, 63]
+
+
+def test_samples_without_several_turns_are_laid_out_alike():
+    one_turn = PackedSample([TokenPiece([THE]), TokenPiece([Q1, A1], True, 1)])
+    rows = [packing.assemble_row([one_turn, drawn_samples()[0]], 24, 16, 1, PAD, turns) for turns in TURNS]
+    for name, values in rows[0].items():
+        np.testing.assert_array_equal(values, rows[1][name], err_msg=name)
+
+
+def test_a_hole_in_repeated_prefixes_moves_nothing_behind_it():
+    samples = drawn_samples()
+    whole = packing.assemble_row([samples[1], *samples], 48, 80, 1, PAD, "repeated_prefix")
+    holed = packing.assemble_row([Hole(16, 16, 1), *samples], 48, 80, 1, PAD, "repeated_prefix")
+    for name in set(whole) - {"row_hash", "segment_ids"}:  # segments are told apart, their numbers mean nothing
+        np.testing.assert_array_equal(holed[name][16:], whole[name][16:], err_msg=name)
+    assert holed["segment_ids"].tolist() == [0] * 16 + [2] * 9 + [3] * 8 + [4] * 8 + [0] * 7
+
+
+def test_work_of_repeated_prefixes_is_counted_as_computed():
+    """By hand: 7 + 1 + 1 positions in branches, two segments of 8 repeated; either way one image of 16 patches."""
+    flops, conftest = pytest.importorskip("unihetero_jax.flops"), pytest.importorskip("conftest")
+    works = []
+    for turns in TURNS:
+        row = packing.assemble_row([drawn_samples()[1]], 24, 16, 1, PAD, turns)
+        works.append(flops.count_work(conftest.make_tiny_config(), packing.stack_rows([row])))
+    prefix = 6 * 7 // 2
+    assert works[0] == flops.Work(10, 2, 16, prefix + 2 * (6 * 2 + 3), 256)
+    assert works[1] == flops.Work(16, 2, 16, 2 * (8 * 9 // 2), 256)
 
 
 def test_fields_are_those_of_the_batch():
@@ -181,13 +248,14 @@ RECORDS = {
 }
 
 
+@pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("name", RECORDS)
-def test_cost_of_planner_and_reader_agree(name, tokenizer):
+def test_cost_of_planner_and_reader_agree(name, turns, tokenizer):
     record = Record("s", "vqa", RECORDS[name])
     sample = packing.sample_from_record(record, tokenizer, SPEC)
-    cost = packing.sample_cost(sample, SPEC.patch_size)
-    assert cost == records.record_cost(record, tokenizer.encode, SPEC)
-    row = packing.assemble_row([sample], 64, 32, SPEC.patch_size, tokenizer.pad_id)
+    cost = packing.sample_cost(sample, SPEC.patch_size, turns)
+    assert cost == records.record_cost(record, tokenizer.encode, SPEC, turns)
+    row = packing.assemble_row([sample], 64, 32, SPEC.patch_size, tokenizer.pad_id, turns)
     assert ((row["segment_ids"] > 0).sum(), (row["patch_segment_ids"] > 0).sum()) == cost
     assert sample.identity == records.content_hash(records.serialize(record))
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -27,6 +28,7 @@ from data_pipelines.scenes import (
     scene_rng,
 )
 from data_pipelines.writer import read_records
+from unihetero_jax.data import records
 from unihetero_jax.data.records import ImageSegment, ImageSpec, TextSegment, decode_image
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import read_benchmark
@@ -167,6 +169,20 @@ def test_existing_world_is_kept_and_another_is_refused(world, capsys):
         scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512)
     with pytest.raises(ValueError, match="exists; remove it"):
         scene_world.write_scene_world(world, "easy", 10, SPEC, 512)
+
+
+def test_an_index_for_another_layout_of_turns_is_added_once(world, tmp_path):
+    copy = tmp_path / "world"
+    shutil.copytree(world, copy)
+    scene_world.ensure_index(str(copy), SPEC, "repeated_prefix")
+    key, plain = (records.index_key(load_tokenizer(copy / "tokenizer").hash, SPEC, turns)
+                  for turns in ("repeated_prefix", "branches"))  # fmt: skip
+    for name, is_longer in (("qa", True), ("generation", False)):
+        repeated, branches = (np.load(copy / name / "index" / f"{k}.train.npy")["num_tokens"] for k in (key, plain))
+        assert (repeated > branches).all() == is_longer and (repeated == branches).all() != is_longer
+    made = (copy / "qa" / "index" / f"{key}.val.npy").stat()
+    scene_world.ensure_index(str(copy), SPEC, "repeated_prefix")
+    assert (copy / "qa" / "index" / f"{key}.val.npy").stat() == made
 
 
 def test_a_world_of_an_earlier_version_is_refused(tmp_path):

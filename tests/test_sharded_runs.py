@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import signal
 
 import jax
@@ -13,6 +14,7 @@ from conftest import make_tiny_config
 
 from experiments import quickstart
 from unihetero_jax import gradient_table, step
+from unihetero_jax import train as trainer
 from unihetero_jax.checkpoint import list_steps
 from unihetero_jax.cli import make_log_probs
 from unihetero_jax.config import ConfigError, config_hash, from_config_dict
@@ -143,6 +145,58 @@ def test_a_run_on_eight_devices_is_the_run_on_one_and_goes_on_there(tiny_experim
         for component, norm in other["gradient_norm"].items():
             assert line["gradient_norm"][component] == pytest.approx(norm, rel=1e-3)
     assert len({line["loss"] for line in whole}) == 4
+
+
+FSDP, TENSOR = {"mesh__data": 2, "mesh__fsdp": 4}, {"mesh__data": 2, "mesh__tensor": 2}
+"""Eight devices without tensor parallelism; four without FSDP."""
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """Parameters as runs start with them, in order."""
+    found, original = [], trainer._restore_or_init
+
+    def remembered(*arguments):
+        result = original(*arguments)
+        found.append(jax.device_get(result[0].params))  # the step donates what it is given
+        return result
+
+    monkeypatch.setattr(trainer, "_restore_or_init", remembered)
+    return found
+
+
+@pytest.mark.slow
+def test_every_mesh_goes_on_from_every_other(tiny_experiment, tmp_path, start_by_numpy, restored):
+    """8 -> 4 -> 1 -> 8 devices, FSDP -> tensor parallelism -> none -> both, a step on each; and each from one step."""
+    saved, parts = {}, []
+
+    def remember(number, state):
+        saved[number] = jax.device_get(state.params)
+        kernel = state.params["decoder"]["blocks"]["mlp"]["up"]["kernel"]
+        parts.append((len(kernel.sharding.device_set), kernel.size // kernel.addressable_shards[0].data.size))
+
+    def same_bits(a, b):
+        same = jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(), a, b)
+        return all(jax.tree.leaves(same))
+
+    configs = [tiny_experiment(**EIGHT_ROWS, **mesh) for mesh in (FSDP, TENSOR, {}, CUBE)]
+    chain = tmp_path / "chain"
+    run_until(1, configs[0], chain, remember)
+    first = saved[1]
+    copies = [shutil.copytree(chain, tmp_path / f"copy-{number}") for number in range(4)]
+    for number, config in enumerate(configs[1:], start=2):
+        lines = run_until(number, config, chain, remember)
+        assert same_bits(restored[-1], saved[number - 1]), number
+        assert not same_bits(saved[number], saved[number - 1])
+    assert parts == [(8, 4), (4, 2), (1, 1), (8, 4)]
+    restored.clear()
+    seconds = [run_until(2, config, copy)[1] for config, copy in zip(configs, copies, strict=True)]
+    assert len(restored) == 4 and all(same_bits(params, first) for params in restored)
+    assert [line["batch_hash"] for line in seconds] == [lines[1]["batch_hash"]] * 4
+    for line in seconds:
+        assert line["loss"] == pytest.approx(seconds[0]["loss"], abs=1e-5)
+        assert line["terms"]["visual"]["mean"] == pytest.approx(seconds[0]["terms"]["visual"]["mean"], abs=1e-5)
+    assert len({line["batch_hash"] for line in lines}) == 4, "and four batches in all"
 
 
 def test_replicates_spread_over_devices_are_the_single_runs_of_their_seeds(tiny_experiment, tmp_path, monkeypatch):

@@ -55,6 +55,16 @@ class Batch:
 
     (the end-of-sample token that closes each turn is left out of the drawing)
 
+    With `data.turns=repeated_prefix` the second turn has its own copy of the prefix, as a segment of its own that names
+    the same visual tokens and whose prefix has no targets. Attention then follows from segment ids alone:
+
+        tokens           boi   .    .    .    .   eoi  q1   a1 | boi   .    .    .    .   eoi  q2   a2
+        segment_ids       2    2    2    2    2    2    2    2 |  3    3    3    3    3    3    3    3
+        branch_ids        0    0    0    0    0    0    1    1 |  0    0    0    0    0    0    2    2
+        positions         0    1    2    3    4    5    6    7 |  0    1    2    3    4    5    6    7
+        visual_index      .    4    5    6    7    .    .    . |  .    4    5    6    7    .    .    .
+        text_loss_mask    .    .    .    .    .    .    .    x |  .    .    .    .    .    .    .    x
+
     Attributes:
         tokens: token ids; at visual positions and padding the pad id.
         positions: rotary positions; those of a branch restart after the shared prefix.

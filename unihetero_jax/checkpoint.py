@@ -15,6 +15,7 @@ verified; a damaged step is set aside with a message and the previous one is use
 The paths may be in a bucket: nothing here needs a rename to be atomic.
 """
 
+import concurrent.futures
 import importlib.metadata
 import json
 import os
@@ -62,7 +63,7 @@ FREE_FIELDS = (
     "train.max_consecutive_skips", "train.step_deadline_s", "checkpoint", "mesh", "eval", "diagnostics",
     "data.num_threads", "data.prefetch_batches", "data.max_failed_share", "data.verify_digests",
     "data.cache_dir", "data.cache_gib",
-    "model.encoder.remat", "model.decoder.remat",
+    "model.encoder.remat", "model.decoder.remat", "model.attention_backend",
 )  # fmt: skip
 """Fields, or whole sections, that may change between a save and its restore: they move no data and no arithmetic beyond
 rounding. `train.num_steps` reshapes the schedule, so a change of it is announced."""
@@ -108,6 +109,7 @@ class Checkpointer:
         self._own_steps: set[int] = set()
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
+        self._compiling: concurrent.futures.Future[Any] | None = None
         self._clean_leftovers()
         self._manager = self._make_manager()
 
@@ -130,6 +132,8 @@ class Checkpointer:
         if step in self._own_steps:
             return False
         leaves = _named_leaves(state)
+        if self._compiling is not None:
+            concurrent.futures.wait([self._compiling])
         _refuse_non_finite(step, leaves)
         _kill_point("before_save", step)
         self._make_room(step)
@@ -195,6 +199,8 @@ class Checkpointer:
             ValueError: if the stored configuration or the arrays' names, shapes or dtypes do not fit.
         """
         self.wait()
+        if self._compiling is None:
+            self._compiling = _compile_finite_check(_named_leaves(target))
         chosen = self._choose(step)
         if chosen is None:
             return None
@@ -300,7 +306,10 @@ class Checkpointer:
 
     def _choose(self, step: int | None) -> int | None:
         """The step to restore. All processes verify their share of it and take one verdict, so that no two differ."""
-        return _newest_valid(self._root, self._set_aside) if step is None else _named_step(self._root, step)
+        digests = self._config.checkpoint.verify_digests
+        if step is not None:
+            return _named_step(self._root, step, digests)
+        return _newest_valid(self._root, self._set_aside, digests)
 
     def _set_aside(self, step: int, fault: str) -> None:
         distributed.lead_first("set-aside", lambda: self._move_aside(step, fault))
@@ -368,16 +377,7 @@ def restore_subtree(
         CheckpointError: if there is no valid checkpoint, or the named step is absent or damaged.
         ValueError: if a prefix names nothing, or names, shapes or dtypes do not fit.
     """
-    root = checkpoint_root(workdir)
-    if step is None or step < 0:
-        chosen = _newest_valid(
-            root, lambda damaged, fault: report(f"{root}: checkpoint {damaged} is damaged, passed over: {fault}")
-        )
-        if chosen is None:
-            raise CheckpointError(f"{root}: no complete checkpoint; train first, or name another workdir")
-    else:
-        chosen = _named_step(root, step)
-    folder = root / str(chosen)
+    folder = valid_step(workdir, step, report)
     arrays = read_manifest(folder)["arrays"]
     stored: dict[str, Any] = {}
     for prefix in path_prefixes:
@@ -391,14 +391,41 @@ def restore_subtree(
     else:
         wanted = _named_leaves(target)
         _check_arrays(stored, wanted, folder)
+    restored = read_arrays(folder, wanted)
+    return int(folder.name), restored if target is None else _rebuild(target, restored), read_metadata(folder)
+
+
+def valid_step(workdir: epath.PathLike, step: int | None, report: Callable[[str], None] = print) -> epath.Path:
+    """The folder of a step whose digests have just been verified; arguments and errors as of `restore_subtree`."""
+    root = checkpoint_root(workdir)
+    if step is not None and step >= 0:
+        return root / str(_named_step(root, step))
+    chosen = _newest_valid(
+        root, lambda damaged, fault: report(f"{root}: checkpoint {damaged} is damaged, passed over: {fault}")
+    )
+    if chosen is None:
+        raise CheckpointError(f"{root}: no complete checkpoint; train first, or name another workdir")
+    return root / str(chosen)
+
+
+def read_arrays(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads arrays of a step, and no others, as nested dicts.
+
+    Args:
+        folder: of the step, from `valid_step`.
+        wanted: by stored name; numpy arrays of the stored shape and dtype give such, `jax.ShapeDtypeStruct` jax arrays.
+    """
     item, restore_args = _restore_plan(wanted)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        restored = reader.restore(folder / "state", args=ocp.args.PyTreeRestore(
+        return reader.restore(folder / "state", args=ocp.args.PyTreeRestore(
             item=item, restore_args=restore_args, partial_restore=True
         ))  # fmt: skip
+
+
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
+    """What `run_metadata` said when the step was saved."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        metadata = reader.restore(folder / "metadata", args=ocp.args.JsonRestore())
-    return chosen, restored if target is None else _rebuild(target, restored), metadata
+        return reader.restore(folder / "metadata", args=ocp.args.JsonRestore())
 
 
 def run_metadata(config: Config, data_identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -493,8 +520,8 @@ def _save_failed(step: int, error: BaseException) -> CheckpointError:
     )
 
 
-def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None]) -> int | None:
-    """The newest step whose files all match their digests; `on_damage` is told of each newer one.
+def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None], digests: bool = True) -> int | None:
+    """The newest step whose files all match their digests (or sizes); `on_damage` is told of each newer one.
 
     Raises:
         CheckpointError: if steps were completed but none is valid. To start over is the user's decision.
@@ -502,7 +529,7 @@ def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None]) -> in
     faults = []
     steps = json.loads(distributed.broadcast("steps", json.dumps(list_steps(root.parent))))
     for step in reversed(steps):
-        fault = _verify_together(root / str(step))
+        fault = _verify_together(root / str(step), digests)
         if fault is None:
             return step
         on_damage(step, fault)
@@ -517,10 +544,10 @@ def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None]) -> in
     return None
 
 
-def _verify_together(folder: epath.Path) -> str | None:
+def _verify_together(folder: epath.Path, digests: bool) -> str | None:
     """`verify` with the files divided over the processes; the same verdict on all of them."""
     share = (distributed.process_id(), distributed.num_processes())
-    faults = [text for text in distributed.gather("verify", verify(folder, share) or "") if text]
+    faults = [text for text in distributed.gather("verify", verify(folder, share, digests) or "") if text]
     return distributed.broadcast("verified", faults[0] if faults else "") or None
 
 
@@ -534,11 +561,11 @@ def _digest_together(folder: epath.Path) -> dict[str, Any]:
     return {name: entry for part in parts for name, entry in json.loads(part).items()}
 
 
-def _named_step(root: epath.Path, step: int) -> int:
+def _named_step(root: epath.Path, step: int, digests: bool = True) -> int:
     steps = list_steps(root.parent)
     if step not in steps:
         raise CheckpointError(f"{root}: no complete checkpoint of step {step}; there are {steps or 'none'}")
-    fault = _verify_together(root / str(step))
+    fault = _verify_together(root / str(step), digests)
     if fault is not None:
         raise CheckpointError(f"{root}: checkpoint {step} is damaged: {fault}; name another step of {steps}")
     return step
@@ -622,12 +649,27 @@ def _all_finite(arrays: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
 
 
-def _refuse_non_finite(step: int, leaves: Mapping[str, Any]) -> None:
-    params = {
+def _checked(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that must be finite: floating-point parameters."""
+    return {
         name: leaf
         for name, leaf in leaves.items()
         if name.split("/")[0] == "params" and jnp.issubdtype(_dtype(leaf), jnp.inexact)
     }
+
+
+def _compile_finite_check(leaves: Mapping[str, Any]) -> concurrent.futures.Future[Any]:
+    """Compiles the check in a thread, beside whatever starts now: half a second that the first save need not take."""
+    params = [jax.ShapeDtypeStruct(np.shape(x), _dtype(x), sharding=getattr(x, "sharding", None))
+              for x in _checked(leaves).values()]  # fmt: skip
+    pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compile-finite-check")
+    compiled = pool.submit(lambda: _all_finite.lower(params).compile() if params else None)
+    pool.shutdown(wait=False)
+    return compiled
+
+
+def _refuse_non_finite(step: int, leaves: Mapping[str, Any]) -> None:
+    params = _checked(leaves)
     if params and not _all_finite(list(params.values())):
         bad = next(name for name, leaf in params.items() if not _all_finite([leaf]))
         raise CheckpointError(

@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.scene_world import ensure_scene_world
-from unihetero_jax import compile_ahead, data_stats, distributed, explain, stored_steps
+from data_pipelines.scene_world import ensure_index, ensure_scene_world
+from unihetero_jax import compile_ahead, data_stats, distributed, explain, export, stored_steps
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
@@ -31,7 +31,9 @@ from unihetero_jax.evaluation.runner import LogProbs, evaluate, format_table, se
 from unihetero_jax.inference.generate import Prompt, generate_text
 from unihetero_jax.inference.sampling import Sampling
 from unihetero_jax.metrics import announce
+from unihetero_jax.model.attention import require_segments_alone
 from unihetero_jax.model.unihetero import Params, build
+from unihetero_jax.profiling import parse_range
 from unihetero_jax.sharding import activation_mesh, local_rows, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     trains.add_argument(
         "--change-mixture", action="store_true", help="go on from a checkpoint of another data.sources, where each was"
     )
+    trains.add_argument("--profile", default="", help="START:STOP: first and last step of a trace in WORKDIR/profile")
     trains.set_defaults(command=_train)
 
     evaluates = commands.add_parser("evaluate", allow_abbrev=False, help="score a run's checkpoint on benchmarks")
@@ -107,13 +110,20 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--workdir", default="", help="a run: also what it has drawn")
     chosen.add_argument("--config", default="", help="an experiment that has not run yet")
     stats.set_defaults(command=_data_stats)
-    stored = commands.add_parser("checkpoints", allow_abbrev=False, help="list, verify, compare or prune a run's steps")
-    stored.add_argument("action", choices=("list", "verify", "diff", "prune"))
+    stored = commands.add_parser("checkpoints", allow_abbrev=False, help="list, verify, compare, prune, export steps")
+    stored.add_argument("action", choices=("list", "verify", "diff", "prune", "export"))
     stored.add_argument("--workdir", required=True)
     stored.add_argument("--steps", type=_steps, default=(), help="verify: those, by comma (all if empty); diff: two")
     stored.add_argument("--keep-last", type=int, default=3, help="prune: so many of the newest")
     stored.add_argument("--keep-every", type=int, default=0, help="prune: and every step divisible by this")
     stored.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
+    stored.add_argument("--step", type=int, default=-1, help="export: which; -1: the newest that verifies")
+    stored.add_argument("--output", default="", help="export: folder for safetensors files, config and tokenizer")
+    stored.add_argument("--ema", action="store_true", help="export: the moving averages, where a component has one")
+    stored.add_argument("--replicate", type=int, default=0, help="export: which model of a run with several")
+    stored.add_argument("--dtype", default="", help="export: float32 or bfloat16; as stored if left out")
+    stored.add_argument("--tokenizer", default="", help="export: the run's tokenizer, if it is no longer where it was")
+    stored.add_argument("--max-file-gb", type=float, default=export.MAX_FILE_BYTES / 1e9, help="export: of one file")
     stored.set_defaults(command=_checkpoints)
     compile_ahead.add_parser(commands)
     explain.add_parser(commands)
@@ -138,7 +148,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(flags: argparse.Namespace, overrides: list[str]) -> None:
     config = parse_config_flags(flags.config, overrides)
-    run_training(config, flags.workdir, change_mixture=flags.change_mixture)
+    profile = parse_range(flags.profile, config.train.num_steps)
+    run_training(config, flags.workdir, change_mixture=flags.change_mixture, profile=profile)
 
 
 def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -207,18 +218,38 @@ def _checkpoints(flags: argparse.Namespace, overrides: list[str]) -> None:
         case "prune":
             gone = stored_steps.prune_steps(flags.workdir, flags.keep_last, flags.keep_every, flags.dry_run)
             print(f"{len(gone)} steps {'would be ' if flags.dry_run else ''}removed")
+        case "export":
+            if not flags.output:
+                raise ValueError("checkpoints export: name a folder to write, such as --output=exported")
+            export.export_parameters(
+                flags.workdir, flags.step, flags.output, flags.ema, flags.replicate, flags.dtype, flags.tokenizer,
+                int(flags.max_file_gb * 1e9),
+            )  # fmt: skip
 
 
-def run_training(config: Config, workdir: str, hooks: Sequence[Hook] = (), change_mixture: bool = False) -> TrainState:
+def run_training(
+    config: Config,
+    workdir: str,
+    hooks: Sequence[Hook] = (),
+    change_mixture: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> TrainState:
     """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
     prepare_workdir(workdir)  # before minutes go into a scene world
     world = config.scene_world
     if world.level != "none":
-        arguments = (world.path, world.level, world.num_scenes, image_spec(config), config.model.decoder.vocab_size)
-        make = functools.partial(ensure_scene_world, *arguments)
+        make = functools.partial(_make_scene_world, config)
         distributed.lead_first("scene-world", make, make)
     _check_evaluation(config)
-    return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir), change_mixture)
+    return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir), change_mixture, profile)
+
+
+def _make_scene_world(config: Config) -> None:
+    world, spec = config.scene_world, image_spec(config)
+    assert world.level != "none"
+    ensure_scene_world(world.path, world.level, world.num_scenes, spec, config.model.decoder.vocab_size)
+    if config.data.turns != "branches":  # of branches it comes with one
+        ensure_index(world.path, spec, config.data.turns)
 
 
 def _check_evaluation(config: Config) -> None:
@@ -314,6 +345,7 @@ def make_log_probs(config: Config, params: Params) -> LogProbs:
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def log_probs(params: Params, batch: Batch) -> jax.Array:
         with activation_mesh(mesh):
+            require_segments_alone(config.model.attention_backend, config.data.turns)
             output = build(config.model, config.objective, params)(batch)
             chunk = config.loss.text_chunk
             return -text_nll(output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, chunk)[1]

@@ -270,11 +270,15 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving and keeping: the newest `keep_last`, and every step divisible by `keep_every_steps` (0: none)."""
+    """Saving and keeping: the newest `keep_last`, and every step divisible by `keep_every_steps` (0: none).
+
+    `verify_digests` reads every byte of a step before a run goes on from it; without, the sizes of its files must do.
+    """
 
     every_steps: int
     keep_last: int
     keep_every_steps: int
+    verify_digests: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Work:
 
 
 def count_work(config: Config, arrays: Mapping[str, np.ndarray]) -> Work:
-    """Counts a host batch's real work.
+    """Counts a host batch's real work, repeated prefixes included: they are computed, and `data.turns` asks for them.
 
     Args:
         config: for `model.encoder.attention`.

@@ -2,6 +2,10 @@
 
 Storage flips, truncates and loses bytes, and array formats restore such files without an error. A manifest that is
 written last also says that the folder is complete.
+
+The digests guard against faults, not against forgery: XXH3 with 128 bits misses a fault with a chance of 2^-128, like a
+cryptographic hash, and is several times as fast (`benchmarks/checkpoint.py`). Manifests without the name of their hash
+are older and have blake2b.
 """
 
 import concurrent.futures
@@ -11,19 +15,22 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import xxhash
 from etils import epath
 
-from unihetero_jax.storage import StorageError, attempt, file_exists, is_folder, is_local, list_folder, read_bytes
+from unihetero_jax.storage import StorageError, attempt, is_folder, is_local, list_folder, read_bytes, size_of
 from unihetero_jax.workdir import write_atomically
 
 Item = TypeVar("Item")
 MANIFEST = "manifest.json"
+FILE_HASH = "xxh3_128"
+_HASHES = {"blake2b": lambda: hashlib.blake2b(digest_size=16), FILE_HASH: xxhash.xxh3_128}
 _HASH_CHUNK_BYTES = 1 << 20
 
 
 def write_manifest(folder: epath.Path, content: Mapping[str, Any]) -> None:
     """Writes the manifest as one atomic act. `content["files"]` comes from `digest_files`; the rest is the caller's."""
-    write_atomically(folder / MANIFEST, _manifest_text(content))
+    write_atomically(folder / MANIFEST, _manifest_text({"hash": FILE_HASH, **content}))
 
 
 def _manifest_text(content: Mapping[str, Any]) -> str:
@@ -47,30 +54,38 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     raise ValueError(f"file {MANIFEST}: content does not match its own digest")
 
 
-def verify(folder: epath.Path, share: tuple[int, int] = (0, 1)) -> str | None:
+def verify(folder: epath.Path, share: tuple[int, int] = (0, 1), digests: bool = True) -> str | None:
     """What is wrong with the folder, naming a file, or None. Reads every byte of the files listed.
 
     Args:
         folder: with a manifest.
         share: (which, of how many): only so much of the files, where several processes divide the work.
+        digests: False to compare the sizes of the files alone, and read none.
 
     Raises:
         StorageError: it is in a bucket that does not answer.
     """
     try:
-        recorded = dict(share_of(sorted(read_manifest(folder)["files"].items()), share))
-        missing = [name for name in recorded if not file_exists(folder / name)]
-        if missing:
-            return f"file {missing[0]} is missing"
-        present = digest_files(folder, min(8, os.cpu_count() or 1), recorded)
+        manifest = read_manifest(folder)
+        recorded = dict(share_of(sorted(manifest["files"].items()), share))
+        sizes = {name: size_of(folder / name) for name in recorded}
+        for name, size in sizes.items():
+            if size is None:
+                return f"file {name} is missing"
+            if size != recorded[name]["bytes"]:
+                return f"file {name} has {size} bytes, {recorded[name]['bytes']} were written"
+        if not digests:
+            return None
+        hash_name = manifest.get("hash", "blake2b")
+        if hash_name not in _HASHES:
+            return f"file {MANIFEST}: digests by {hash_name}, which this version does not know"
+        present = digest_files(folder, min(8, os.cpu_count() or 1), recorded, hash_name=hash_name)
     except StorageError:  # no answer says nothing of what is there
         raise
     except (OSError, ValueError) as error:
         return str(error)
     for name, entry in recorded.items():
-        if present[name]["bytes"] != entry["bytes"]:
-            return f"file {name} has {present[name]['bytes']} bytes, {entry['bytes']} were written"
-        if present[name]["digest"] != entry["digest"]:
+        if present[name] != entry:
             return f"file {name} does not match its digest"
     return None
 
@@ -82,12 +97,16 @@ def share_of(items: Sequence[Item], share: tuple[int, int]) -> Sequence[Item]:
 
 
 def digest_files(
-    folder: epath.Path, num_threads: int, names: Iterable[str] | None = None, ignored: Collection[str] = ()
+    folder: epath.Path,
+    num_threads: int,
+    names: Iterable[str] | None = None,
+    ignored: Collection[str] = (),
+    hash_name: str = FILE_HASH,
 ) -> dict[str, dict[str, Any]]:
     """{relative path: {"bytes", "digest"}} of the named files, or of all but the manifest and `ignored` names."""
     names = list_files(folder, ignored) if names is None else list(names)
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
-        return dict(zip(names, pool.map(lambda name: _digest_file(folder / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: _digest_file(folder / name, hash_name), names), strict=True))
 
 
 def list_files(folder: epath.Path, ignored: Collection[str] = ()) -> list[str]:
@@ -106,12 +125,14 @@ def _walk(folder: epath.Path, ignored: Collection[str], prefix: str = "") -> lis
     return found
 
 
-def _digest_file(path: epath.Path) -> dict[str, Any]:
-    return _read_and_digest(path) if is_local(path) else attempt(f"reading {path}", lambda: _read_and_digest(path))
+def _digest_file(path: epath.Path, hash_name: str) -> dict[str, Any]:
+    if is_local(path):
+        return _read_and_digest(path, hash_name)
+    return attempt(f"reading {path}", lambda: _read_and_digest(path, hash_name))
 
 
-def _read_and_digest(path: epath.Path) -> dict[str, Any]:
-    state, size = hashlib.blake2b(digest_size=16), 0
+def _read_and_digest(path: epath.Path, hash_name: str) -> dict[str, Any]:
+    state, size = _HASHES[hash_name](), 0
     with path.open("rb") as file:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             state.update(chunk)

@@ -10,8 +10,9 @@ import math
 import os
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 from clu import metrics as clu_metrics
@@ -24,6 +25,9 @@ from unihetero_jax.workdir import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 REPLACED_NAME = "metrics.replaced.jsonl"
+Phase = Literal["compile", "input_wait", "step", "eval", "save"]
+"""What the loop does: compiling the first step, waiting for the loader, steps, validation, the blocking part of a save.
+"""
 
 
 def announce(message: str) -> None:
@@ -162,33 +166,64 @@ class IntervalMetrics:
 
 
 class StepTimer:
-    """Speed since the last report.
+    """Speed since the last report, and where the time since the start of the process went.
+
+    The loop runs ahead of the device, so `step` is the time in which it hands steps over or waits for their results; a
+    wait for input may lie beside a step that is still computing.
 
     Args:
         clock: seconds, monotonic.
+        started_s: the clock when the run began; None: when the process did, or its last run ended.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    _last_end_s: float | None = None
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter, started_s: float | None = None):
         self._clock = clock
+        if started_s is None:
+            last_end_s = StepTimer._last_end_s
+            started_s = clock() - _process_age_s() if last_end_s is None else last_end_s
+        self._run_start_s = started_s
+        self._loop_start_s: float | None = None
+        self._phases_s = dict.fromkeys(typing.get_args(Phase), 0.0)
         self._reset()
 
     @contextlib.contextmanager
-    def input_wait(self) -> Iterator[None]:
-        """Counts the time inside as waiting for the loader."""
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Counts the time inside as one of the phases, which do not nest. `compile` and `eval` are left out of all
+        rates.
+        """
         start = self._clock()
+        if self._loop_start_s is None:
+            self._loop_start_s = start
         try:
             yield
         finally:
-            self._waited_s += self._clock() - start
+            elapsed = self._clock() - start
+            self._phases_s[name] += elapsed
+            if name == "input_wait":
+                self._waited_s += elapsed
+            if name in ("compile", "eval"):
+                self._start_s += elapsed
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time inside out of all rates: evaluation, and the compilation of the first step."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._start_s += self._clock() - start
+    def goodput(self) -> dict[str, float]:
+        """Seconds of the run so far by phase; `goodput` is the share of the steps.
+
+        `start_up_s` is what came before the first phase (imports, set-up, restore), `other_s` what is in none: hooks,
+        accounting, writing lines. The parts add up to `wall_s`.
+        """
+        now = self._clock()
+        loop_start_s = now if self._loop_start_s is None else self._loop_start_s
+        start_up = loop_start_s - self._run_start_s
+        wall = now - self._run_start_s
+        parts = {f"{name}_s": seconds for name, seconds in self._phases_s.items()}
+        other = wall - start_up - sum(parts.values())
+        share = self._phases_s["step"] / max(wall, 1e-9)
+        return {"goodput": share, "wall_s": wall, "start_up_s": start_up, **parts, "other_s": other}
+
+    def close(self) -> None:
+        """The run is over: what follows in this process is another one's."""
+        StepTimer._last_end_s = self._clock()
 
     def add_step(self) -> None:
         """Counts one finished step."""
@@ -279,6 +314,16 @@ class Progress:
             return "?"
         seconds = (self._clock() - self._start_s) / done * (self._num_steps - step)
         return tqdm.format_interval(seconds)
+
+
+def _process_age_s() -> float:
+    """Seconds since this process was started; where the system does not tell, 0."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
 
 
 def keep_lines_up_to(path: epath.Path, step: int) -> None:

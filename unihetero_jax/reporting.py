@@ -165,7 +165,8 @@ class Reporter:
         if self._pending is None:
             return
         (done, host_batch, metrics), self._pending = self._pending, None
-        metrics = jax.device_get(metrics)
+        with self.timer.phase("step"):
+            metrics = jax.device_get(metrics)
         self._count(done, host_batch)
         self._interval.add(*_of_applied_steps(metrics))
         self._check_targets(done, metrics)
@@ -195,6 +196,7 @@ class Reporter:
         self._progress.close()
         if self._files is not None:
             self._files.close()
+        self.timer.close()
 
     def _count(self, done: int, host_batch: HostBatch) -> None:
         self.timer.add_step()
@@ -253,6 +255,7 @@ class Reporter:
             "skipped_steps": metrics.skipped,
             "totals": dict(self._totals),
             **speed,
+            "goodput": self.timer.goodput(),
         }
         if self._config.train.num_replicates > 1:
             line["loss_by_replicate"] = metrics.loss

@@ -297,24 +297,3 @@ def current_platform() -> str | None:
     """
     mesh = _mesh.get()
     return None if mesh is None else mesh.devices.flat[0].platform
-
-
-def map_over_devices(
-    function: Callable[..., jax.Array], in_axes: Sequence[tuple[str, ...]], out_axes: tuple[str, ...]
-) -> Callable[..., jax.Array]:
-    """Lets every device apply `function` to its own part of the arrays, where a mesh is in force.
-
-    For what the compiler cannot partition, such as a kernel. A dimension is split by its logical axis; what is not
-    split is gathered first, and its gradient is summed over the devices that shared it.
-
-    Args:
-        function: of arrays; must not depend on what is on other devices.
-        in_axes: logical axis names of each argument's dimensions.
-        out_axes: those of the result.
-    """
-    mesh = _mesh.get()
-    if mesh is None:
-        return function
-    in_specs, out_specs = tuple(map(partition_spec, in_axes)), partition_spec(out_axes)
-    # A kernel's results carry no record of the axes over which they vary, so that cannot be checked.
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

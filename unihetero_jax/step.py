@@ -11,6 +11,7 @@ from unihetero_jax import optim
 from unihetero_jax.arrays import Batch, LossOutput, StepMetrics, VisionOutput
 from unihetero_jax.config import Config
 from unihetero_jax.model import unihetero
+from unihetero_jax.model.attention import require_segments_alone
 from unihetero_jax.objectives import GRADIENT_GROUPS, compute_loss, count_targets, visual_weight
 from unihetero_jax.sharding import activation_mesh, batch_sharding
 from unihetero_jax.state import TrainState, create_state, state_shardings, update_ema
@@ -24,6 +25,7 @@ def loss_terms(
     """The whole loss graph of an objective: model, target, losses. All that differs between objectives is here."""
     frozen = {name: jax.lax.stop_gradient(params[name]) for name in config.optimizer.frozen if name in params}
     params = params | frozen
+    require_segments_alone(config.model.attention_backend, config.data.turns)
     model = unihetero.build(config.model, config.objective, params)
     output = model(batch, config.loss.cut_input_gradient)
     target = output.vision

@@ -29,6 +29,7 @@ from unihetero_jax.data.mixture import (
 )
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.metrics import IntervalMetrics, announce
+from unihetero_jax.profiling import Profile
 from unihetero_jax.reporting import Reporter
 from unihetero_jax.sharding import Vote, local_rows, make_mesh, to_global
 from unihetero_jax.state import TrainState, ema_components
@@ -54,6 +55,7 @@ def train(
     hooks: Sequence[Hook] = (),
     evaluate: Evaluate | None = None,
     change_mixture: bool = False,
+    profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Trains, or goes on training, the experiment in `workdir`.
 
@@ -63,6 +65,7 @@ def train(
         hooks: called with (step, state) after every step.
         evaluate: called with (state, step) once the last step is done.
         change_mixture: the checkpoint to go on from may have another mixture; each source goes on where it was.
+        profile: first and last step of a trace in `profile/`.
 
     Returns:
         The state after `train.num_steps` steps.
@@ -76,7 +79,7 @@ def train(
     with contextlib.ExitStack() as cleanup:
         distributed.lead_first("lock", lambda: cleanup.enter_context(lock))
         with _StopSignals() as signals:
-            done, state, stopped_by = _train_steps(config, workdir, hooks, lock, signals, change_mixture)
+            done, state, stopped_by = _train_steps(config, workdir, hooks, lock, signals, change_mixture, profile)
         if stopped_by and done < config.train.num_steps:
             raise Interrupted(done, stopped_by)
         if evaluate is not None:
@@ -91,6 +94,7 @@ def _train_steps(
     lock: RunLock,
     signals: "_StopSignals",
     change_mixture: bool,
+    profile: tuple[int, int] | None,
 ) -> tuple[int, TrainState, int]:
     """Takes steps until the last one or a request to stop, and saves.
 
@@ -110,23 +114,24 @@ def _train_steps(
     state, first_step, counters = _restore_or_init(config, mesh, checkpointer, stream)
     distributed.lead_first("config", lambda: write_config(workdir, to_dict(config)))
     reporter = Reporter(config, workdir, first_step, counters, _counts_rows(rows))
+    trace = Profile(profile, workdir, first_step, announce)
     train_step = step.compile_train_step(config, mesh)
     is_replicated = config.train.num_replicates > 1
     num_steps = config.train.num_steps
     done, stopped_by = first_step, 0
     vote = Vote(mesh)
     with contextlib.ExitStack() as cleanup:
-        for resource in (checkpointer, reporter, stream):
+        for resource in (checkpointer, reporter, stream, trace):
             cleanup.callback(resource.close)
         watchdog = cleanup.enter_context(Watchdog(config.train.step_deadline_s))
         while done < num_steps and not (stopped_by := vote.highest(signals.requested)):
             lock.check()
             checkpointer.check()
-            with reporter.timer.input_wait():
+            with reporter.timer.phase("input_wait"):
                 host_batch = next(stream)
             batch = to_global(host_batch.arrays, mesh, is_replicated)
-            with reporter.timer.paused() if done == first_step else contextlib.nullcontext():  # it compiles
-                state, metrics = train_step(state, batch)
+            with reporter.timer.phase("compile" if done == first_step else "step"):
+                state, metrics = trace.run(done + 1, train_step, state, batch)
             done += 1
             reporter.finish_pending()
             reporter.start(done, host_batch, metrics)
@@ -135,11 +140,12 @@ def _train_steps(
             if done > first_step + 1:  # the first step was only dispatched, and may compile for long
                 watchdog.beat(done)
             if done % config.train.eval_every_steps == 0 or done == num_steps:
-                with reporter.timer.paused():
+                with reporter.timer.phase("eval"):
                     reporter.add_eval_loss(validate(state))
             if done % config.checkpoint.every_steps == 0:
                 reporter.flush()  # a step that is saved has its line
-                checkpointer.save(done, state, _position(stream) | reporter.get_state())
+                with reporter.timer.phase("save"):
+                    checkpointer.save(done, state, _position(stream) | reporter.get_state())
         reporter.flush()
         if done:  # the last step, or the one that a signal stopped at; saved already, it is not saved again
             checkpointer.save(done, state, _position(stream) | reporter.get_state(), wait=True)

@@ -51,11 +51,11 @@ def image_spec(config: Config) -> ImageSpec:
 def open_split(config: Config, tokenizer: Tokenizer, name: str, split: str) -> Source:
     """The `train` or `val` split of a source of the configuration. Raises ValueError if it is not whole."""
     spec = image_spec(config)
-    index = index_key(tokenizer.hash, spec)
     data = config.data
+    index = index_key(tokenizer.hash, spec, data.turns)
     readers = shared_readers(data.cache_dir, int(data.cache_gib * 2**30))
     return open_source(
-        name, data.sources[name].path, split, index, data.tokenizer, spec, readers, data.verify_digests
+        name, data.sources[name].path, split, index, data.tokenizer, spec, readers, data.verify_digests, data.turns
     )  # fmt: skip
 
 
@@ -258,7 +258,7 @@ class RowReader:
                 counters[f"tokens/{name}"] += int(source.index[draw.record]["num_tokens"])
                 counters.update(f"left_out/{part}" for part in sample.left_out)
             samples.append(sample)
-        packing.fill_row(arrays, samples, self._spec.patch_size)
+        packing.fill_row(arrays, samples, self._spec.patch_size, self._config.data.turns)
         counters.update(self._targets(arrays))
         counters["pad_tokens"] += int((arrays["segment_ids"] == 0).sum())
         counters["pad_patches"] += int((arrays["patch_segment_ids"] == 0).sum())
@@ -298,7 +298,8 @@ class RowReader:
             content_hash(stored),
             self._role(name, draw),
         )
-        cost, entry = packing.sample_cost(sample, self._spec.patch_size), source.index[draw.record]
+        cost = packing.sample_cost(sample, self._spec.patch_size, self._config.data.turns)
+        entry = source.index[draw.record]
         planned = (int(entry["num_tokens"]), int(entry["num_patches"]))
         if cost != planned:
             raise RecordError(

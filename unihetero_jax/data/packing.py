@@ -3,6 +3,7 @@
 Nothing here reads files, and a row is a pure function of its samples. Which samples share a row says `row_plan`.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from unihetero_jax.data.records import (
     ImageSpec,
     Record,
     RecordError,
+    Turns,
     content_hash,
     decode_to_pillow,
     serialize,
@@ -28,6 +30,11 @@ from unihetero_jax.data.tokenizer import Tokenizer
 
 BLOCK = MERGE_SIZE**2
 """Patches per visual token."""
+POSITION_FIELDS = (
+    "tokens", "positions", "segment_ids", "branch_ids", "source_ids", "visual_index", "text_loss_mask", "visual_mask",
+    "visual_loss_mask", "boi_grid",
+)  # fmt: skip
+"""Fields of a row that have a value for every token position."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,16 +167,18 @@ def _decoded(segment: ImageSegment) -> Image.Image:
     return image
 
 
-def sample_cost(sample: PackedSample, patch_size: int) -> tuple[int, int]:
+def sample_cost(sample: PackedSample, patch_size: int, turns: Turns = "branches") -> tuple[int, int]:
     """What a sample takes of a row: (token positions, image patches); equal to `records.record_cost` of its record."""
-    num_tokens = num_patches = 0
+    num_tokens, num_patches = collections.Counter({0: 0}), 0
     for piece in sample.pieces:
         if isinstance(piece, TokenPiece):
-            num_tokens += len(piece.ids)
+            num_tokens[piece.branch] += len(piece.ids)
         else:
             patches = (piece.pixels.shape[0] // patch_size) * (piece.pixels.shape[1] // patch_size)
-            num_tokens, num_patches = num_tokens + patches // BLOCK, num_patches + patches
-    return num_tokens, num_patches
+            num_tokens[0], num_patches = num_tokens[0] + patches // BLOCK, num_patches + patches
+    num_branches = sum(1 for branch, count in num_tokens.items() if branch and count)
+    repeats = max(num_branches - 1, 0) if turns == "repeated_prefix" else 0
+    return num_tokens.total() + repeats * num_tokens[0], num_patches
 
 
 def assemble_row(
@@ -178,42 +187,49 @@ def assemble_row(
     row_patches: int,
     patch_size: int,
     pad_id: int,
+    turns: Turns = "branches",
 ) -> dict[str, np.ndarray]:
     """Lays samples out in a row of their own: the fields of `arrays.Batch` without the leading axis; see `fill_row`."""
     row = row_of(empty_rows(1, row_tokens, row_patches, patch_size, pad_id), 0)
-    fill_row(row, samples, patch_size)
+    fill_row(row, samples, patch_size, turns)
     return row
 
 
-def fill_row(row: dict[str, np.ndarray], samples: Sequence[PackedSample | Hole], patch_size: int) -> None:
+def fill_row(
+    row: dict[str, np.ndarray], samples: Sequence[PackedSample | Hole], patch_size: int, turns: Turns = "branches"
+) -> None:
     """Lays samples out in an empty row, such as one of `empty_rows`, in the order given.
 
     The first token of a sample, and the first token of a branch that follows another branch, is no target whatever its
-    piece says: the position before it is not in its context, so nothing could predict it.
+    piece says: the position before it is not in its context, so nothing could predict it. With `repeated_prefix` it
+    would be, but is no target either, so that both layouts have the same loss.
 
     Raises:
         ValueError: the samples take more than the row has, or an image is not whole blocks right after a token.
     """
     row_tokens, row_patches = len(row["tokens"]), len(row["patches"])
-    token = patch = image = 0
+    token = patch = image = segment = 0
     identities = []
     for number, sample in enumerate(samples, start=1):
+        segment += 1
         if isinstance(sample, Hole):
             token, patch, image = token + sample.num_tokens, patch + sample.num_patches, image + sample.num_images
             identities.append(0)
             continue
-        needed = sample_cost(sample, patch_size)
+        needed = sample_cost(sample, patch_size, turns)
         if token + needed[0] > row_tokens or patch + needed[1] > row_patches:
             raise ValueError(
                 f"sample {number} of a row takes {needed[0]} tokens and {needed[1]} patches, "
                 f"{row_tokens - token} and {row_patches - patch} are free"
             )
-        end = token + needed[0]
-        row["segment_ids"][token:end] = number
+        end = token + sample_cost(sample, patch_size)[0]
+        row["segment_ids"][token:end] = segment
         row["source_ids"][token:end] = sample.source_id
         patch, image = _place_pieces(row, sample.pieces, token, patch, image, patch_size)
         identities.append(sample.identity)
-        token = end
+        if turns == "repeated_prefix":
+            segment += _repeat_prefix(row, token, end)
+        token += needed[0]
     row["row_hash"][:] = _row_hash(identities, row)
 
 
@@ -259,6 +275,31 @@ def _place_pieces(
         token, position = token + length, position + length
     row["text_loss_mask"][start : start + 1] = False
     return patch, image
+
+
+def _repeat_prefix(row: dict[str, np.ndarray], start: int, end: int) -> int:
+    """Gives each branch after the first its own copy of the prefix, as a segment of its own; returns how many.
+
+        branches    boi  v0  eoi  q1  a1  q2  a2            segment  1 1 1 1 1 1 1
+        repeated    boi  v0  eoi  q1  a1  boi v0 eoi q2 a2  segment  1 1 1 1 1 2 2 2 2 2
+
+    A copy's visual positions name the same visual tokens; nothing in it is a target.
+    """
+    branch_ids = row["branch_ids"][start:end]
+    prefix = np.flatnonzero(branch_ids == 0)
+    branches = [np.flatnonzero(branch_ids == branch) for branch in np.unique(branch_ids[branch_ids > 0])]
+    if len(branches) < 2:
+        return 0
+    taken = np.concatenate([np.concatenate([prefix, branch]) for branch in branches])
+    copy = np.repeat(np.arange(len(branches)), [len(prefix) + len(branch) for branch in branches])
+    laid_out = slice(start, start + len(taken))
+    for name in POSITION_FIELDS:
+        row[name][laid_out] = row[name][start + taken]
+    row["segment_ids"][laid_out] += copy.astype(np.int32)
+    is_repeat = (copy > 0) & (row["branch_ids"][laid_out] == 0)
+    for name in ("text_loss_mask", "visual_loss_mask"):
+        row[name][laid_out] &= ~is_repeat
+    return len(branches) - 1
 
 
 def empty_rows(num_rows: int, row_tokens: int, row_patches: int, patch_size: int, pad_id: int) -> dict[str, np.ndarray]:

@@ -37,6 +37,10 @@ FLAG_TOO_LONG = 2
 """`num_tokens` or `num_patches` did not fit its field; the planner counts and drops such a record."""
 
 
+Turns = Literal["branches", "repeated_prefix"]
+"""How independent turns of a sample lie in a row: as branches after one prefix, or each with the prefix repeated."""
+
+
 class RecordError(ValueError):
     """A sample cannot be stored or read. `reason` is a short stable key that counters use."""
 
@@ -294,27 +298,38 @@ def image_tokens(height: int, width: int, spec: ImageSpec) -> int:
     return grid_h * grid_w // MERGE_SIZE**2
 
 
-def record_cost(record: Record, encode: Callable[[str], Sequence[int]], spec: ImageSpec) -> tuple[int, int]:
+def record_cost(
+    record: Record, encode: Callable[[str], Sequence[int]], spec: ImageSpec, turns: Turns = "branches"
+) -> tuple[int, int]:
     """What a record takes of a row: (token positions, image patches). Planner and reader both call this.
 
     Text takes its tokens; an image takes `<boi>`, one position per visual token, `<eoi>`; an end-of-sample token closes
-    the sample, or each of its branches when it has independent turns.
+    the sample, or each of its branches when it has independent turns. With `repeated_prefix` every branch after the
+    first takes the positions of the prefix once more; its images are stored and encoded once all the same.
     """
-    num_tokens = num_patches = 0
+    prefix_tokens = branch_tokens = num_patches = 0
     for segment in record.segments:
-        if isinstance(segment, TextSegment):
-            num_tokens += len(encode(segment.text))
-        else:
+        if isinstance(segment, ImageSegment):
             num_visual = image_tokens(segment.height, segment.width, spec)
-            num_tokens += num_visual + 2
+            prefix_tokens += num_visual + 2
             num_patches += num_visual * MERGE_SIZE**2
-    num_branches = len({s.branch for s in record.segments if isinstance(s, TextSegment) and s.branch})
-    return num_tokens + max(num_branches, 1), num_patches
+        elif segment.branch:
+            branch_tokens += len(encode(segment.text))
+        else:
+            prefix_tokens += len(encode(segment.text))
+    num_branches = max(len({s.branch for s in record.segments if isinstance(s, TextSegment) and s.branch}), 1)
+    num_prefixes = num_branches if turns == "repeated_prefix" else 1
+    return num_prefixes * prefix_tokens + branch_tokens + num_branches, num_patches
 
 
-def index_key(tokenizer_hash: str, spec: ImageSpec) -> str:
-    """Names the index of lengths for a tokenizer and an image spec: lengths are valid for exactly this pair."""
+def index_key(tokenizer_hash: str, spec: ImageSpec, turns: Turns = "branches") -> str:
+    """Names the index of lengths for a tokenizer, an image spec and a layout of turns: it is valid for exactly these.
+
+    That of branches has the name that it had before there was another layout.
+    """
     text = f"{RECORD_VERSION}|{tokenizer_hash}|{spec.patch_size}|{spec.min_patches}|{spec.max_patches}"
+    if turns != "branches":
+        text += f"|{turns}"
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 

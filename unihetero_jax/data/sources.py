@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from unihetero_jax.data.records import INDEX_DTYPE, RECORD_VERSION, ImageSpec, RecordError
+from unihetero_jax.data.records import INDEX_DTYPE, RECORD_VERSION, ImageSpec, RecordError, Turns
 from unihetero_jax.data.shards import Shard, ShardReaders
 from unihetero_jax.storage import StorageError, is_local, read_bytes, size_of, to_path
 
@@ -106,6 +106,7 @@ def open_source(
     spec: ImageSpec,
     readers: ShardReaders,
     verify_digests: bool = False,
+    turns: Turns = "branches",
 ) -> Source:
     """Opens a split ("train" or "val") of a prepared folder, after checking that it is whole.
 
@@ -113,10 +114,11 @@ def open_source(
         name: of the source, for messages.
         path: the prepared folder, local or in a bucket.
         split: `train` or `val`.
-        key: `records.index_key` of the tokenizer and image spec in use.
+        key: `records.index_key` of the tokenizer, image spec and layout of turns in use.
         tokenizer_folder, spec: that tokenizer's folder and that image spec, for the message that names the remedy.
         readers: what opens the record files.
         verify_digests: also compare every file's content with its digest, when it is read first.
+        turns: the layout of turns in use, for that message.
 
     Raises:
         ValueError: the folder, its manifest, a shard file or the index is missing, cannot be had or does not fit; or
@@ -142,7 +144,7 @@ def open_source(
                 f"{field}: the {split} files of {folder} hold {ends[-1] if ends else 0} records, manifest.json "
                 f"says {count}; prepare the folder again"
             )
-        remedy = _index_command(folder, tokenizer_folder, spec)
+        remedy = _index_command(folder, tokenizer_folder, spec, turns)
         index = _read_index(field, folder, split, key, count, remedy, readers)
     except StorageError as error:
         raise ValueError(f"{field}: {error}") from error
@@ -224,11 +226,11 @@ def _ends(shards: Sequence[Shard], entries: Iterable[Mapping[str, Any]], readers
     return tuple(itertools.accumulate(counts))
 
 
-def _index_command(folder: epath.Path, tokenizer_folder: str, spec: ImageSpec) -> str:
+def _index_command(folder: epath.Path, tokenizer_folder: str, spec: ImageSpec, turns: Turns) -> str:
     """What makes the index that is missing: the spec's flags have defaults, which would give another index."""
     flags = [
         f"--tokenizer={tokenizer_folder}", f"--patch-size={spec.patch_size}", f"--min-patches={spec.min_patches}",
-        f"--max-patches={spec.max_patches}",
+        f"--max-patches={spec.max_patches}", *([] if turns == "branches" else [f"--turns={turns}"]),
     ]  # fmt: skip
     return "run: " + shlex.join(["python", "-m", "data_pipelines.index", os.fspath(folder), *flags])
 
@@ -243,8 +245,8 @@ def _read_index(
         index = np.load(readers.stage_for_good(os.fspath(path), field), mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{field}: no index of lengths for this tokenizer, model.encoder.patch_size and "
-            f"data.image_{{min,max}}_patches ({path} does not exist); {remedy}"
+            f"{field}: no index of lengths for this tokenizer, model.encoder.patch_size, "
+            f"data.image_{{min,max}}_patches and data.turns ({path} does not exist); {remedy}"
         ) from error
     except StorageError:
         raise

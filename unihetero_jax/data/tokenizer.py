@@ -22,7 +22,7 @@ from unihetero_jax.storage import download, file_exists, is_local, read_bytes, t
 PAD, BOI, EOI, EOS = SPECIAL_TOKENS = ("<pad>", "<boi>", "<eoi>", "<eos>")
 MIN_TRAINED_VOCAB = 256 + len(SPECIAL_TOKENS)
 """All bytes and the special tokens: below this some text could not be encoded."""
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """What transformers reads of a tokenizer's folder."""
 
 
@@ -94,7 +94,7 @@ def _local_files(folder: epath.Path) -> Iterator[Path]:
         yield Path(folder)
         return
     with tempfile.TemporaryDirectory(prefix="unihetero-") as copies:
-        for name in _FILES:
+        for name in FILES:
             with contextlib.suppress(FileNotFoundError):
                 download(folder / name, Path(copies) / name)
         yield Path(copies)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unihetero_jax.config import Config
+from unihetero_jax.config import Config, DataConfig
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import (
     PackedSample,
@@ -33,6 +33,7 @@ from unihetero_jax.data.records import (
     MERGE_SIZE,
     ImageSpec,
     RecordError,
+    Turns,
     decode_image,
     format_answer,
     format_prompt,
@@ -110,7 +111,7 @@ def score_items(
     for position, item in enumerate(items):
         try:
             prompt = _make_prompt(item, tokenizer, spec, without_image)
-            parts.extend(_split(position, prompt, data.row_tokens, data.row_patches))
+            parts.extend(_split(position, prompt, data))
             prompts[position] = prompt
         except RecordError as error:
             unscored[position] = error.reason
@@ -125,8 +126,8 @@ def score_items(
             chosen = [parts[i] for i in row]
             samples = _row_samples(chosen, prompts, items, tokenizer, spec, unscored)
             members.append([part for part, _ in samples])
-            fill_row(row_of(batch, number), [sample for _, sample in samples], spec.patch_size)
-        _add_up(sums, prompts, members, batch, _checked(log_probs(batch), batch["tokens"].shape))
+            fill_row(row_of(batch, number), [sample for _, sample in samples], spec.patch_size, data.turns)
+        _add_up(sums, prompts, members, data.turns, batch, _checked(log_probs(batch), batch["tokens"].shape))
         if on_progress:
             on_progress(min(start + batch_rows, len(plan)), len(plan))
     return [_collect(position, prompts, sums, unscored) for position in range(len(items))]
@@ -148,26 +149,24 @@ def _make_prompt(item: Item, tokenizer: Tokenizer, spec: ImageSpec, without_imag
     return _Prompt(question, options, item.image, image_tokens(height, width, spec))
 
 
-def _split(position: int, prompt: _Prompt, row_tokens: int, row_patches: int) -> list[_Part]:
+def _split(position: int, prompt: _Prompt, data: DataConfig) -> list[_Part]:
     """Groups an item's options, in order, into as few samples as fit a row each."""
     num_patches = prompt.num_visual * MERGE_SIZE**2
+    shared, repeated = prompt.prefix_tokens, 0
+    if data.turns == "repeated_prefix":
+        shared, repeated = 0, prompt.prefix_tokens
     groups: list[list[int]] = []
-    used = row_tokens
+    used: list[int] = []
     for number, option in enumerate(prompt.options):
-        cost = 1 + len(option)
-        if prompt.prefix_tokens + cost > row_tokens or num_patches > row_patches:
-            raise RecordError(TOO_LONG, f"{prompt.prefix_tokens + cost} tokens, {num_patches} patches")
-        if used + cost > row_tokens:
+        cost = repeated + 1 + len(option)
+        if shared + cost > data.row_tokens or num_patches > data.row_patches:
+            raise RecordError(TOO_LONG, f"{shared + cost} tokens, {num_patches} patches")
+        if not used or used[-1] + cost > data.row_tokens:
             groups.append([])
-            used = prompt.prefix_tokens
+            used.append(shared)
         groups[-1].append(number)
-        used += cost
-    return [
-        _Part(
-            position, tuple(group), (prompt.prefix_tokens + sum(1 + len(prompt.options[i]) for i in group), num_patches)
-        )
-        for group in groups
-    ]
+        used[-1] += cost
+    return [_Part(position, tuple(group), (size, num_patches)) for group, size in zip(groups, used, strict=True)]
 
 
 def _row_samples(
@@ -222,13 +221,21 @@ def _add_up(
     sums: dict[int, np.ndarray],
     prompts: dict[int, _Prompt],
     members: Sequence[Sequence[_Part]],
+    turns: Turns,
     batch: dict[str, np.ndarray],
     values: np.ndarray,
 ) -> None:
-    """Puts each option's log-probability into `sums`. Sample s of a row is segment s + 1, its option j branch j + 1."""
+    """Puts each option's log-probability into `sums`.
+
+    Option j of a sample is its branch j + 1. A sample is one segment, or as many as it has options where these repeat
+    the prefix; segments count from 1 along the row.
+    """
     for row, row_parts in enumerate(members):
-        for segment, part in enumerate(row_parts, start=1):
-            counted = batch["text_loss_mask"][row] & (batch["segment_ids"][row] == segment)
+        end = 1
+        for part in row_parts:
+            first, end = end, end + (len(part.options) if turns == "repeated_prefix" else 1)
+            segments = batch["segment_ids"][row]
+            counted = batch["text_loss_mask"][row] & (first <= segments) & (segments < end)
             for branch, number in enumerate(part.options, start=1):
                 mask = counted & (batch["branch_ids"][row] == branch)
                 assert mask.sum() == len(prompts[part.item].options[number]), "every option token is counted once"

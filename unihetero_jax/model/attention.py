@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unihetero_jax.arrays import typechecked
 from unihetero_jax.config import AttentionBackend
 from unihetero_jax.model.splash import Order, splash_attend
-from unihetero_jax.sharding import current_platform, map_over_devices
+from unihetero_jax.sharding import by_device, current_platform
 
 RowAttention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Of whole rows: query [B, T, H, d], key and value [B, T, G, d] to [B, T, H * d]; knows who may see whom."""
@@ -153,16 +153,19 @@ def _masked(backend: Literal["dense", "jax_nn"], mask: jax.Array) -> RowAttentio
 
 def _splash(ids: jax.Array, order: Order, max_segment: int | None, query_axis: str) -> RowAttention:
     """Rows and heads are split over devices, the queries along `query_axis`; every device sees all keys of its rows."""
-    interpret = (current_platform() or jax.default_backend()) != "tpu"
+    platform = current_platform() or jax.default_backend()
+    if platform == "gpu":
+        raise ValueError("model.attention_backend=splash is a kernel for TPUs; on GPUs set auto, jax_nn or dense")
+    interpret = platform != "tpu"
 
     def on_device(query, key, value, query_ids, key_ids, query_index):
-        return splash_attend(query, key, value, query_ids, key_ids, query_index, order, max_segment, interpret)
+        return (splash_attend(query, key, value, query_ids, key_ids, query_index, order, max_segment, interpret),)
 
     queries, keys = ("batch", query_axis, "heads", "replicated"), ("batch", "replicated", "heads", "replicated")
     in_axes = (queries, keys, keys, ("batch", query_axis), ("batch", "replicated"), (query_axis,))
-    mapped = map_over_devices(on_device, in_axes, ("batch", query_axis, "heads"))
+    mapped = by_device(on_device, in_axes, [("batch", query_axis, "heads")])
     index = jnp.arange(ids.shape[1], dtype=jnp.int32)
-    return lambda query, key, value: mapped(query, key, value, ids, ids, index)
+    return lambda query, key, value: mapped(query, key, value, ids, ids, index)[0]
 
 
 @typechecked

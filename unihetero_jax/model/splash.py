@@ -11,7 +11,7 @@ The rows of a device lie one after another in one long row, so one call of the k
 loop. Keys of a group are not repeated for its queries.
 
 Verified in interpret mode on a CPU against the dense function, forward and gradient, and compiled ahead of time for TPU
-v5e; never executed on a TPU.
+v5e, v5p and v6e; never executed on a TPU.
 """
 
 from collections.abc import Callable
@@ -31,8 +31,10 @@ Order = Literal["causal", "block_causal", "full"]
 
 LANES = 128
 BLOCKS = (512, 256, LANES)
-"""Sides of a kernel block, the largest that divides the padded length is taken (our choice, unmeasured: jax's default
-of 128 leaves the matrix unit idle, larger blocks skip less)."""
+"""Sides of a kernel block."""
+MIN_BLOCKS = 8
+"""Of a row, where its length allows (our choice, unmeasured: larger blocks keep the matrix unit busier but skip less).
+"""
 
 
 def _not_later(query_index, key_index):
@@ -85,18 +87,23 @@ def visiting_order(active: Bool[Array, "B n m"], width: int) -> tuple[Int[Array,
 
     The steps after the last real one name its block again: the kernel copies a block only when its number changes.
     """
-    steps = jnp.arange(width)
-    count = jnp.sum(active, axis=-1, keepdims=True, dtype=jnp.int32)
-    chosen = jnp.argsort(~active, axis=-1, stable=True).astype(jnp.int32)
-    chosen = jnp.take_along_axis(chosen, jnp.minimum(steps, jnp.maximum(count - 1, 0)), axis=-1)
-    offset = jnp.arange(active.shape[0], dtype=jnp.int32)[:, None, None] * active.shape[2]
-    return (chosen + offset).reshape(1, -1, width), (steps < count).astype(jnp.int32).reshape(1, -1, width)
+    num_blocks, steps = active.shape[2], jnp.arange(width)
+    so_far = jnp.cumsum(active, axis=-1, dtype=jnp.int32)
+    count = so_far[..., -1:]
+    # The place of the k-th active block (from 0) is the number of places up to which k or fewer have been seen.
+    wanted = jnp.minimum(steps, jnp.maximum(count - 1, 0))
+    chosen = jnp.sum(so_far[:, :, None] <= wanted[..., None], axis=-1, dtype=jnp.int32)
+    chosen = jnp.minimum(chosen, num_blocks - 1)  # only where none is active
+    offset = jnp.arange(active.shape[0], dtype=jnp.int32)[:, None, None] * num_blocks
+    is_active = (steps < count).astype(jnp.int32)
+    return (chosen + offset).reshape(1, -1, width), is_active.reshape(1, -1, width)
 
 
-def block_side(*lengths: int) -> int:
-    """The side of the kernel's blocks for rows of these lengths."""
-    padded = [-(-length // LANES) * LANES for length in lengths]
-    return next(block for block in BLOCKS if all(length % block == 0 for length in padded))
+def block_side(num_queries: int, num_keys: int, max_segment: int | None) -> int:
+    """The largest side that divides both lengths, padded to 128, and is small enough for blocks to be skipped."""
+    limit = max(min(num_keys // MIN_BLOCKS, max_segment or num_keys), LANES)
+    padded = [-(-length // LANES) * LANES for length in (num_queries, num_keys)]
+    return next(block for block in BLOCKS if block <= limit and all(length % block == 0 for length in padded))
 
 
 def num_steps(num_blocks: int, block: int, order: Order, max_segment: int | None) -> int:
@@ -134,7 +141,7 @@ def splash_attend(
         interpret: run the kernel step by step in plain jax, for tests on other platforms.
     """
     num_rows, length, num_heads, head_dim = query.shape
-    block = block_side(length, key.shape[1])
+    block = block_side(length, key.shape[1], max_segment)
     assert max_segment is None or length == key.shape[1], "a bound on segments needs whole rows of queries"
     query_ids, key_ids = _pad(query_ids, block), _pad(key_ids, block)
     query_index = query_index[0] + jnp.arange(query_ids.shape[1], dtype=query_index.dtype)
