@@ -5,6 +5,7 @@ DATA ?= ../shared/data
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
+LIBTPU := libtpu==0.0.42.1
 WORKERS ?= 2
 
 # Compiled steps are kept between runs and shared by the subprocesses of the tests.
@@ -13,7 +14,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-compare real test test-all test-beam lint format bench clean
+.PHONY: help install demo demo-compare real test test-all test-beam lint format bench tpu-aot compile-ahead clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,5 +71,14 @@ bench: $(STAMP) ## loader, attention, memory, checkpoints, train step against Py
 	$(PY) -m benchmarks.checkpoint
 	$(PY) -m benchmarks.train_step
 
+tpu-aot: .tpu-aot/.installed ## the compiler for TPUs, for `compile` on a machine without any: .tpu-aot
+
+.tpu-aot/.installed: $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target=.tpu-aot '$(LIBTPU)'
+	@touch $@
+
+compile-ahead: $(STAMP) tpu-aot ## every size of experiments/pretrain.py for TPU slices and GPU servers: benchmarks/results (hours)
+	$(PY) -m benchmarks.compile_ahead
+
 clean: ## remove what was installed and compiled; runs and data stay
-	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .tpu-aot .jax_cache .pytest_cache .ruff_cache

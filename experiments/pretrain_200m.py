@@ -12,16 +12,12 @@ random. A pass is planned from the recipe's estimates: set `train.num_steps`, `d
 the folders are there.
 """
 
-import math
-
 from ml_collections import ConfigDict
 
 from experiments import base
-from experiments.mixtures import public_200m
+from experiments.pretrain import with_mixture
 
 ROW_TOKENS, BATCH_ROWS = 4096, 256
-SPARE_PATCHES = 1.03
-"""Patches of a row over the mean of the mixture: `data-stats` finds that rows then fill their tokens."""
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -38,22 +34,10 @@ def get_config(arg: str = "") -> ConfigDict:
     )  # fmt: skip
     config.model.semantic_head.hidden_dim = 1792
     config.model.compute_dtype = "bfloat16"
-    config.data.sources = ConfigDict(public_200m.sources(scale))
-    config.data.tokenizer = public_200m.TOKENIZER
-    config.data.image_min_patches, config.data.image_max_patches = 64, 1024
-    cost = public_200m.total([public_200m.cost_of(source, scale) for source in public_200m.SOURCES])
-    config.data.row_tokens = ROW_TOKENS
-    config.data.row_patches = math.ceil(ROW_TOKENS * 4 * cost.visual / cost.positions * SPARE_PATCHES / 64) * 64
-    config.data.num_data_shards, config.data.window_size = 64, 6144
-    config.data.num_threads, config.data.prefetch_batches = 32, 4
-    config.train.num_steps = public_200m.num_steps(cost.positions, ROW_TOKENS, BATCH_ROWS)
-    config.train.global_batch_rows = BATCH_ROWS
-    config.train.log_every_steps, config.train.eval_every_steps = 100, 5000
+    with_mixture(config, scale, ROW_TOKENS, BATCH_ROWS)
     config.optimizer.update(learning_rate=5e-4, warmup_steps=2000, beta2=0.95)
     config.loss.visual_ramp_steps = 4000  # as arXiv 2608.12209
     config.loss.ema_decay = 0.999
     config.loss.text_chunk = 4096
-    config.checkpoint.update(every_steps=1000, keep_every_steps=20_000)
     config.mesh.update(data=8, fsdp=8)
-    config.eval.batch_rows, config.eval.validation_rows = BATCH_ROWS, BATCH_ROWS
     return config

@@ -16,7 +16,7 @@ PACKAGE = "unihetero_jax"
 SOURCE_FOLDERS = (PACKAGE, "experiments", "data_pipelines", "benchmarks")
 
 LAYERS: list[set[str]] = [
-    {"arrays", "config", "storage"},
+    {"arrays", "config", "storage", "topology", "hlo"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
         "data.row_plan", "command_line", "workdir", "distributed",
@@ -27,16 +27,16 @@ LAYERS: list[set[str]] = [
         "model.vision_encoder",
         "model.semantic_encoder", "model.decoder", "model.semantic_head", "text_loss",
     },
-    {"model.unihetero", "objectives", "data.mixture", "checkpoint"},
+    {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline"},
     {"inference", "hf_weights", "step", "gradient_table", "reporting", "data_stats", "stored_steps", "export"},
-    {"train", "evaluation", "scaling", "report"},
+    {"train", "evaluation", "scaling", "report", "compile_ahead", "explain"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
 MAX_CLOSURE_MODULES = 38
-MAX_CLOSURE_LINES = 9500
+MAX_CLOSURE_LINES = 9600
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
 Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its traces

@@ -1,4 +1,4 @@
-"""The commands: train, evaluate, generate, data-stats, checkpoints."""
+"""The commands: train, evaluate, generate, data-stats, checkpoints, compile, explain."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.scene_world import ensure_index, ensure_scene_world
-from unihetero_jax import data_stats, distributed, export, stored_steps
+from unihetero_jax import compile_ahead, data_stats, distributed, explain, export, stored_steps
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
@@ -76,7 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unihetero_jax", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="train|evaluate|generate|data-stats|checkpoints")
+    commands = parser.add_subparsers(
+        required=True, metavar="train|evaluate|generate|data-stats|checkpoints|compile|explain"
+    )
 
     trains = commands.add_parser("train", allow_abbrev=False, help="train, or go on training, the run in a workdir")
     trains.add_argument("--config", required=True, help="experiments/x.py[:argument]; fields by --config.a.b=value")
@@ -123,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     stored.add_argument("--tokenizer", default="", help="export: the run's tokenizer, if it is no longer where it was")
     stored.add_argument("--max-file-gb", type=float, default=export.MAX_FILE_BYTES / 1e9, help="export: of one file")
     stored.set_defaults(command=_checkpoints)
+    compile_ahead.add_parser(commands)
+    explain.add_parser(commands)
     for command in (trains, evaluates):
         processes = command.add_argument_group("several processes", "found by themselves on Slurm, GKE and Cloud TPU")
         processes.add_argument(

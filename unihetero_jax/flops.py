@@ -73,6 +73,45 @@ def padded_work(config: Config, num_rows: int) -> Work:
     )
 
 
+def full_work(config: Config, num_rows: int) -> Work:
+    """The most that `num_rows` rows can need: one sample fills each, with images of the largest size side by side."""
+    work = padded_work(config, num_rows)
+    patches, largest = config.data.row_patches, config.data.image_max_patches
+    pairs = patches // largest * _image_pairs(largest, config.model.encoder)
+    return dataclasses.replace(
+        work, patch_pairs=num_rows * (pairs + _image_pairs(patches % largest, config.model.encoder))
+    )
+
+
+def executed_flops(config: Config, num_rows: int, backend: str) -> float:
+    """FLOPs of the matrix products that a step on full rows makes the devices execute, beyond what the method needs.
+
+    Dense attention (`dense`, `jax_nn`) computes all pairs of a row, those that the mask then hides included; the splash
+    kernel those of `full_work`, but its two backward kernels each compute the logits again: seven products for the
+    backward pass instead of four. Rematerialisation repeats the forward pass of the layers that have a backward pass:
+    `full` all but the product at a layer's end, which nobody reads; `dots` attention alone.
+    """
+    work, encoder, decoder = full_work(config, num_rows), config.model.encoder, config.model.decoder
+    is_dense = backend != "splash"
+    if is_dense:
+        tokens, patches = config.data.row_tokens, config.data.row_patches
+        work = dataclasses.replace(work, token_pairs=num_rows * tokens**2, patch_pairs=num_rows * patches**2)
+    total = model_flops(config, work)["total"]
+    frozen = set(config.optimizer.frozen)
+    layers = (
+        ("encoder" not in frozen, encoder.remat, 4 * work.patch_pairs * encoder.dim * encoder.num_layers,
+         2 * work.patches * encoder.num_layers * (4 * encoder.dim**2 + encoder.dim * encoder.mlp_dim)),
+        (bool({"encoder", "projector", "decoder"} - frozen), decoder.remat,
+         4 * work.token_pairs * decoder.num_heads * decoder.head_dim * decoder.num_layers,
+         2 * work.tokens * (_decoder_weights(decoder) - decoder.num_layers * decoder.dim * decoder.mlp_dim)),
+    )  # fmt: skip
+    for has_backward, remat, attention, dense in layers:
+        if has_backward:
+            total += (0 if is_dense else 1.5 * attention) + (attention if remat != "none" else 0)
+            total += dense if remat == "full" else 0
+    return float(total)
+
+
 def model_flops(config: Config, work: Work) -> dict[str, float]:
     """FLOPs of one training step per component, and their `total`.
 

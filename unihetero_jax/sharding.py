@@ -37,6 +37,9 @@ LOGICAL_RULES: Mapping[str, str | tuple[str, ...] | None] = {
 """Logical axis -> mesh axis. FSDP splits the width of parameters, tensor parallelism their heads and hidden units,
 context parallelism the positions of the language model's rows; the encoder's patches are repeated over `context`."""
 
+IN_PIECES_ABOVE = 2**28
+"""Bytes of a sum over devices that is made at once; see `_scatter_sum`."""
+
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 _by_hand: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("by_hand", default=None)
 
@@ -44,7 +47,7 @@ _by_hand: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("by_hand"
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first data x fsdp x tensor x context devices, with Auto axis types.
 
-    `jax.make_mesh` defaults to Explicit axes, under which an embedding lookup is refused; so the types are named. With
+    Under Explicit axes, which jax makes by default, an embedding lookup is refused; so the types are named. With
     several slices, `data` is the axis that crosses them: only gradients travel over the data-centre network.
 
     Raises:
@@ -65,7 +68,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     types = (AxisType.Auto,) * len(MESH_AXES)
     if config.num_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices[:needed])
+        # Not `jax.make_mesh`: it lets one mesh axis cover part of a physical one on v5e only.
+        grid = mesh_utils.create_device_mesh(shape, devices[:needed], allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=types)
     return Mesh(_grid_of_slices(shape, config.num_slices, devices[:needed]), MESH_AXES, axis_types=types)
 
 
@@ -245,13 +250,36 @@ def sum_to_parts(x: jax.Array, over: Sequence[str], axes: tuple[str, ...]) -> ja
         axes: logical axes of x.
     """
     spec = partition_spec(axes)
-    for name in _mesh_axes(over):
-        split = [dim for dim, entry in enumerate(spec) if name == entry or name in (entry or ())]
+    dims = {name: [i for i, entry in enumerate(spec) if name in ((entry,) if isinstance(entry, str) else entry or ())]
+            for name in _mesh_axes(over)}  # fmt: skip
+    for name, split in sorted(dims.items(), key=lambda item: not item[1]):  # first those that leave less to be summed
         if split:
-            x = jax.lax.psum_scatter(x, name, scatter_dimension=split[0], tiled=True)
+            x = _scatter_sum(x, name, split[0])
         else:
             x = jax.lax.psum(x, name)
     return x
+
+
+def _scatter_sum(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """The sum over the devices along a mesh axis, of which each keeps its part of dimension `dim`.
+
+    The parts are laid one after another before they are sent: of others XLA's TPU compiler sums the whole array. That
+    is a copy, so a large array (a token table's gradient) goes in pieces of its first dimension.
+    """
+    if dim == 0:
+        return jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
+    num_devices = jax.lax.axis_size(axis)
+
+    def of_piece(piece: jax.Array) -> jax.Array:
+        parts = piece.reshape(*piece.shape[:dim], num_devices, -1, *piece.shape[dim + 1 :])
+        return jax.lax.psum_scatter(jnp.moveaxis(parts, dim, 0), axis)
+
+    is_large = x.nbytes > IN_PIECES_ABOVE
+    num_pieces = next(n for n in (16, 8, 4, 2, 1) if x.shape[0] % (8 * n) == 0 or n == 1) if is_large else 1
+    if num_pieces == 1:
+        return of_piece(x)
+    pieces = jax.lax.map(of_piece, x.reshape(num_pieces, -1, *x.shape[1:]))
+    return pieces.reshape(x.shape[0], *pieces.shape[2:])
 
 
 def _mesh_axes(logical_axes: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unihetero_jax import optim
-from unihetero_jax.arrays import Batch, LossOutput, StepMetrics
+from unihetero_jax.arrays import Batch, LossOutput, StepMetrics, VisionOutput
 from unihetero_jax.config import Config
 from unihetero_jax.model import unihetero
 from unihetero_jax.model.attention import require_segments_alone
@@ -30,7 +30,10 @@ def loss_terms(
     output = model(batch, config.loss.cut_input_gradient)
     target = output.vision
     if ema:
-        target = unihetero.build(config.model, config.objective, jax.lax.stop_gradient(params | ema)).see(batch)
+        averaged = unihetero.build(config.model, config.objective, jax.lax.stop_gradient(params | ema))
+        merged = jax.lax.stop_gradient(output.vision.merged)
+        # A frozen encoder equals its own average: it need not run twice.
+        target = averaged.see(batch) if "encoder" in ema else VisionOutput(merged, averaged.projector(merged))
     return compute_loss(config, output, batch, target, weight, denominators)
 
 

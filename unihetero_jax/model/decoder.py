@@ -18,6 +18,7 @@ from unihetero_jax.model.layers import (
     scan_layers,
     stack_layers,
 )
+from unihetero_jax.sharding import constrain
 
 
 class Attention(nnx.Module):
@@ -40,7 +41,12 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B S H d"], Float[Array, "B S G d"], Float[Array, "B S G d"]]:
         """Queries, keys and values by head, rotated to their positions."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        query, key, value = (linear(x).reshape(heads) for linear in (self.query, self.key, self.value))
+        # Pinned before it is split into heads: else the compiler splits the weight instead, and gathers it again for
+        # the backward pass, whose product has the unsplit one.
+        query, key, value = (
+            constrain(linear(x), "batch", "sequence", "heads").reshape(heads)
+            for linear in (self.query, self.key, self.value)
+        )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         theta = self.config.rope_theta

@@ -18,7 +18,7 @@ class Projector(nnx.Module):
     def __init__(self, config: ModelConfig, keys: ParamKeys):
         merged_dim, dim = 4 * config.encoder.dim, config.decoder.dim
         output_rms = config.projector.output_rms or token_embedding_rms(config)
-        self.mlp = MLP(merged_dim, config.projector.hidden_dim, dim, ("replicated", "embed"), keys.child("mlp"))
+        self.mlp = MLP(merged_dim, config.projector.hidden_dim, dim, ("vision_embed", "embed"), keys.child("mlp"))
         self.norm = RMSNorm(dim, config.decoder.norm_eps, keys.child("norm"), gain_init=output_rms)
 
     @typechecked

@@ -11,7 +11,7 @@ class SemanticHead(nnx.Module):
     """A two-layer MLP. `target_dim` is the width of the target space: D for input embeddings, 4E for encoder output."""
 
     def __init__(self, dim: int, hidden_dim: int, target_dim: int, keys: ParamKeys):
-        self.mlp = MLP(dim, hidden_dim, target_dim, ("embed", "replicated"), keys.child("mlp"))
+        self.mlp = MLP(dim, hidden_dim, target_dim, ("embed", "embed"), keys.child("mlp"))
 
     @typechecked
     def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch Z"]:
