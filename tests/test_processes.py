@@ -40,8 +40,8 @@ def train_on(repo_root_of_module, tiny_flags):
                 command = ["train", "--config=experiments/quickstart.py", f"--workdir={workdir}", *tiny_flags(**mine)]
                 if count > 1:
                     command += [f"--coordinator_address=localhost:{port}", f"--num_processes={count}"]
-                    command += [f"--process_id={process}", "--startup_deadline=20"]
-                stop = {"kill_after_s": 240.0} | (stops or {}).get(process, {})
+                    command += [f"--process_id={process}", "--startup_deadline=100"]
+                stop = {"kill_after_s": 400.0} | (stops or {}).get(process, {})
                 finished[process] = servers[process].run(command, devices=4 // count, **stop)
 
             with concurrent.futures.ThreadPoolExecutor(2) as pool:
