@@ -174,6 +174,12 @@ def test_compile_for_simulated_devices(tmp_path, capfd, monkeypatch, repo_root):
     assert "of theory" in capfd.readouterr().out
 
 
+@pytest.fixture
+def plain_precision(monkeypatch):
+    """As a run has it: what the tests set for exact sums is not for a TPU's kernel in bfloat16."""
+    monkeypatch.delenv("JAX_DEFAULT_MATMUL_PRECISION")
+
+
 def libtpu():
     try:
         return compile_ahead.find_libtpu() or "installed"
@@ -182,7 +188,7 @@ def libtpu():
 
 
 @pytest.mark.skipif(libtpu() is None, reason="libtpu is not installed: make tpu-aot")
-def test_debug_compiles_for_a_tpu_slice(tmp_path, monkeypatch, repo_root):
+def test_debug_compiles_for_a_tpu_slice(plain_precision, tmp_path, monkeypatch, repo_root):
     monkeypatch.chdir(repo_root)
     output = tmp_path / "report.json"
     assert main(["compile", DEBUG, "--topology=v5e-8", f"--output={output}"]) == 0
@@ -190,15 +196,21 @@ def test_debug_compiles_for_a_tpu_slice(tmp_path, monkeypatch, repo_root):
     assert (report["status"], report["attention"], report["topology"]) == ("fits", "splash", "v5e:2x4")
     assert 0 < report["memory"]["total"] < report["memory"]["available"]
     assert "all-to-all" not in report["collectives"]
-    assert report["collectives"]["all-gather"]["sent_bytes"] == pytest.approx(report["theory"]["gather"], rel=0.1)
+    # A weight outside of the layers stays gathered between its uses, which is much of so small a model.
+    gathers = report["collectives"]["all-gather"]["sent_bytes"] / report["theory"]["gather"]
+    assert 0.8 < gathers < 1.1 and report["stray_gathers"] == []
     assert 0 < report["roofline"]["mfu_bound"] < 0.75, "rematerialisation alone leaves three quarters"
 
 
 @pytest.mark.skipif(libtpu() is None, reason="libtpu is not installed: make tpu-aot")
 @pytest.mark.slow
-def test_too_big_says_what_fits(capfd, monkeypatch, repo_root):
+def test_too_big_says_what_fits(plain_precision, capfd, monkeypatch, repo_root):
     monkeypatch.chdir(repo_root)
-    grown = ["--config.data.row_tokens=131072", "--config.model.decoder.remat=none", "--config.loss.text_chunk=131072"]
+    grown = [
+        "--config.data.row_tokens=32768",
+        "--config.loss.text_chunk=32768",
+        "--config.model.decoder.vocab_size=151936",
+    ]
     assert main(["compile", DEBUG, *grown, "--topology=v5e-8", "--no-search"]) == 2
     said = capfd.readouterr().err
     assert "does not fit v5e:2x4: a chip would need" in said and "Traceback" not in said
