@@ -9,6 +9,8 @@ GPU servers are partitioned on simulated CPU devices, their memory and time are 
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,9 +41,12 @@ def compile_one(size: str, topology: str) -> dict[str, Any]:
             f"--output={output}",
         ]  # fmt: skip
         start = time.perf_counter()
+        process = subprocess.Popen(command, start_new_session=True)
         try:
-            subprocess.run(command, timeout=LIMIT_S, check=False)
+            process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its compiling process, too
+            process.wait()
             return {"config": config, "topology": topology, "status": f"not compiled within {LIMIT_S // 60} minutes"}
         if not output.exists():
             return {"config": config, "topology": topology, "status": "failed"}

@@ -71,6 +71,9 @@ SIZES = {
 }  # fmt: skip
 TARGETS = ("v5e:16x16", "v6e:16x16", "v5p:4x4x4", "8xH100", "8xH200")
 """The machines that the sizes are compiled, or partitioned, for."""
+FSDP_ON_TORUS = {"v5p": 16}
+"""Of a three-dimensional torus: two of its dimensions. Over all three libtpu writes every all-gather as an all-reduce,
+which sends twice the bytes."""
 ROWS_AT_ONCE = {"v5p": 4, "H200": 2}
 """Rows of a microbatch on one device, where its memory has room for more than one (our choice, by the compiler)."""
 
@@ -124,9 +127,11 @@ def on_machine(config: ConfigDict, size: Size, machine: str) -> None:
     if not devices:
         raise ValueError(f"{machine}: name the GPUs, such as 8xH100")
     common = math.gcd(size.encoder["dim"], size.decoder["dim"])
-    fsdp = max(n for n in range(1, min(devices, size.max_fsdp) + 1) if devices % n == 0 and common % n == 0)
+    chip = topology.chip.name if topology.chip in CHIPS.values() else ""
+    most = min(devices, size.max_fsdp, FSDP_ON_TORUS.get(chip, devices))
+    fsdp = max(n for n in range(1, most + 1) if devices % n == 0 and common % n == 0)
     config.mesh.update(data=devices // fsdp, fsdp=fsdp)
     if rows % devices:
         raise ValueError(f"{machine}: {rows} rows a step cannot be dealt to {devices} devices; take a larger size")
-    at_once = ROWS_AT_ONCE.get(topology.chip.name, 1) if topology.chip in CHIPS.values() else 1
+    at_once = ROWS_AT_ONCE.get(chip, 1)
     config.train.accumulation_steps = max(1, rows // devices // at_once)

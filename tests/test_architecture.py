@@ -16,10 +16,10 @@ PACKAGE = "unihetero_jax"
 SOURCE_FOLDERS = (PACKAGE, "experiments", "data_pipelines", "benchmarks")
 
 LAYERS: list[set[str]] = [
-    {"arrays", "config", "storage", "topology", "hlo"},
+    {"arrays", "config", "storage", "hlo"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
-        "data.row_plan", "command_line", "workdir", "distributed",
+        "data.row_plan", "command_line", "workdir", "distributed", "topology",
     },
     {
         "state", "metrics", "integrity", "profiling", "watchdog", "data.shards", "data.sources", "data.transforms",

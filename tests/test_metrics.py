@@ -197,8 +197,8 @@ def test_goodput_accounts_for_every_second():
         raise KeyError("counted though it failed")
     found = timer.goodput()
     assert found == {
-        "goodput": 7.0 / 61.25, "wall_s": 61.25, "start_up_s": 15.0, "compile_s": 30.0, "input_wait_s": 1.5,
-        "step_s": 7.0, "eval_s": 4.0, "save_s": 3.0, "other_s": 0.75,
+        "goodput": 7.0 / 61.25, "wall_s": 61.25, "start_up_s": 15.0, "restore_s": 0.0, "compile_s": 30.0,
+        "input_wait_s": 1.5, "step_s": 7.0, "eval_s": 4.0, "save_s": 3.0, "other_s": 0.75,
     }  # fmt: skip
     assert found["wall_s"] == sum(value for name, value in found.items() if name not in ("goodput", "wall_s"))
     timer.add_step()

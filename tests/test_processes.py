@@ -91,7 +91,7 @@ def assert_same_run(found, expected):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
         assert ours["terms"]["text"]["count"] == theirs["terms"]["text"]["count"]
     for name, losses in expected[-1]["eval_loss"].items():
-        assert found[-1]["eval_loss"][name] == pytest.approx(losses, abs=1e-4)
+        assert found[-1]["eval_loss"][name] == pytest.approx(losses, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_a_stopped_process_ends_the_others_by_name(train_on, tmp_path, stalled):
     )  # fmt: skip
     assert finished[alive].code == EXIT_STALLED, outputs(finished)
     text = finished[alive].output
-    assert "watchdog: no step was finished for 5 s (train.step_deadline_s) after step" in text
+    assert re.search(r"watchdog: no step was finished for \d+ s \(train.step_deadline_s 5\) after step", text)
     blamed = rf"process {stalled} \({socket.gethostname()}\)" + (" was not heard of for" if stalled else ", the coord")
     assert re.search(blamed, text), text[-3000:]
     assert "Thread 0x" in text and "train.py" in text, "the stacks of all threads"

@@ -16,6 +16,7 @@ The paths may be in a bucket: nothing here needs a rename to be atomic.
 """
 
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -45,6 +46,7 @@ from unihetero_jax.integrity import (
     write_manifest,
 )
 from unihetero_jax.storage import (
+    StorageError,
     file_exists,
     is_folder,
     is_local,
@@ -56,6 +58,7 @@ from unihetero_jax.storage import (
 )
 from unihetero_jax.workdir import write_atomically
 
+_NO_ANSWER = "no answer: "
 DAMAGED = "damaged.json"
 COMPLETED = "completed.json"
 FREE_FIELDS = (
@@ -74,6 +77,10 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nu
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, or none can be trusted; the message names file, step and remedy."""
+
+
+class SaveError(CheckpointError):
+    """Writing a checkpoint failed, earlier ones are untouched: starting again goes on from the last of them."""
 
 
 class Checkpointer:
@@ -109,6 +116,7 @@ class Checkpointer:
         self._own_steps: set[int] = set()
         self._thread: threading.Thread | None = None
         self._failure: tuple[int, BaseException] | None = None
+        self._newest_begun = 0
         self._compiling: concurrent.futures.Future[Any] | None = None
         self._clean_leftovers()
         self._manager = self._make_manager()
@@ -147,7 +155,8 @@ class Checkpointer:
             ))  # fmt: skip
         except Exception as error:
             self._recover(step)
-            raise _save_failed(step, error) from error
+            raise _save_failed(step, f"{type(error).__name__}: {error}") from error
+        self._newest_begun = step
         _kill_point("during_save", step)
         self._thread = threading.Thread(target=self._complete, args=(step, arrays), name=f"checkpoint-{step}")
         self._thread.start()
@@ -155,26 +164,44 @@ class Checkpointer:
             self.wait()
         return True
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a save has failed on this process; then `wait` raises, once all processes call it."""
+        return self._failure is not None and (self._thread is None or not self._thread.is_alive())
+
     def check(self) -> None:
-        """Raises CheckpointError if a save has failed; never blocks."""
-        if self._failure is not None and (self._thread is None or not self._thread.is_alive()):
-            (step, error), self._failure = self._failure, None
-            self._recover(step)
-            raise _save_failed(step, error) from error
+        """Raises SaveError if a save has failed; never blocks. For a run of one process."""
+        if self.has_failed:
+            self.wait()
 
     def wait(self) -> None:
-        """Blocks until the save in flight is complete. Raises CheckpointError if it failed."""
+        """Blocks until the save in flight is complete; all processes of the run call it together.
+
+        Raises:
+            SaveError: on all of them, if it failed on one.
+        """
+        self._join()
+        (step, error), self._failure = self._failure or (self._newest_begun, None), None
+        reason = distributed.first_failure("save", "" if error is None else f"{type(error).__name__}: {error}")
+        if reason:
+            self._recover(step)
+            raise _save_failed(step, reason) from error
+
+    def close(self) -> None:
+        """Waits, then frees Orbax's threads. Raises SaveError if the last save failed on this process."""
+        self._join()
+        if self._failure is None:
+            self._manager.close()
+            return
+        (step, error), self._failure = self._failure, None  # no exchange: another process may have ended
+        with contextlib.suppress(Exception):  # Orbax raises the failure again
+            self._manager.close()
+        raise _save_failed(step, f"{type(error).__name__}: {error}") from error
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
-
-    def close(self) -> None:
-        """Waits, then frees Orbax's threads. Raises CheckpointError if the last save failed."""
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
 
     def all_steps(self) -> list[int]:
         """Complete steps, ascending. Their digests are verified on restore only."""
@@ -513,9 +540,9 @@ def checkpoint_root(workdir: epath.PathLike) -> epath.Path:
     return (path.absolute() if is_local(path) else path) / "checkpoints"
 
 
-def _save_failed(step: int, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"saving checkpoint {step} failed: {type(error).__name__}: {error}; earlier checkpoints are untouched. "
+def _save_failed(step: int, reason: str) -> SaveError:
+    return SaveError(
+        f"saving checkpoint {step} failed: {reason}; earlier checkpoints are untouched. "
         "If the disk is full, free space and start the same command again"
     )
 
@@ -547,8 +574,14 @@ def _newest_valid(root: epath.Path, on_damage: Callable[[int, str], None], diges
 def _verify_together(folder: epath.Path, digests: bool) -> str | None:
     """`verify` with the files divided over the processes; the same verdict on all of them."""
     share = (distributed.process_id(), distributed.num_processes())
-    faults = [text for text in distributed.gather("verify", verify(folder, share, digests) or "") if text]
-    return distributed.broadcast("verified", faults[0] if faults else "") or None
+    try:
+        fault = verify(folder, share, digests) or ""
+    except StorageError as error:  # says nothing of what is there: no process may take it for damage, or go on
+        fault = f"{_NO_ANSWER}{error}"
+    found = distributed.first_failure("verify", fault)
+    if _NO_ANSWER in found:
+        raise StorageError(found.replace(_NO_ANSWER, ""))
+    return found or None
 
 
 def _digest_together(folder: epath.Path) -> dict[str, Any]:
@@ -556,8 +589,14 @@ def _digest_together(folder: epath.Path) -> dict[str, Any]:
     # Process 0 commits, so what it lists is complete; another process may come here earlier.
     listed = json.loads(distributed.broadcast("committed", json.dumps(list_files(folder, ignored=(DAMAGED,)))))
     names = share_of(listed, (distributed.process_id(), distributed.num_processes()))
-    # One thread: the training step needs the cores.
-    parts = distributed.gather("digests", json.dumps(digest_files(folder, num_threads=1, names=names)))
+    try:
+        # One thread: the training step needs the cores.
+        own, failure = digest_files(folder, num_threads=1, names=names), ""
+    except (OSError, StorageError) as error:
+        own, failure = {}, str(error)
+    parts = distributed.gather("digests", json.dumps(own))
+    if failure := distributed.first_failure("digested", failure):
+        raise StorageError(failure)
     return {name: entry for part in parts for name, entry in json.loads(part).items()}
 
 

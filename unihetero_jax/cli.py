@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from data_pipelines.scene_world import ensure_index, ensure_scene_world
 from unihetero_jax import compile_ahead, data_stats, distributed, explain, export, stored_steps
 from unihetero_jax.arrays import Batch
-from unihetero_jax.checkpoint import restore_subtree
+from unihetero_jax.checkpoint import SaveError, restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
 from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.mixture import image_spec
@@ -37,15 +37,19 @@ from unihetero_jax.profiling import parse_range
 from unihetero_jax.sharding import activation_mesh, local_rows, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
-from unihetero_jax.storage import list_folder, read_bytes, to_path
+from unihetero_jax.storage import StorageError, list_folder, read_bytes, to_path
 from unihetero_jax.text_loss import text_nll
-from unihetero_jax.train import Hook, Interrupted, train
+from unihetero_jax.train import Hook, Interrupted, agree_on_run, train
+from unihetero_jax.watchdog import EXIT_STALLED
 from unihetero_jax.workdir import prepare_workdir
 
 EXIT_BAD_INPUT = 2
 """Exit code when the message says what to change; an interrupted run exits with 128 + the signal's number."""
+EXIT_STORAGE = 74
+"""Exit code when storage failed, or a save: start it again (EX_IOERR of sysexits.h)."""
 EXIT_PROCESSES_MISSING = 76
-"""Exit code when not all processes of the run came: start it again. After a stall it is `watchdog.EXIT_STALLED`."""
+"""Exit code when not all processes of the run came: start it again. After a stall, or the loss of one, it is
+`watchdog.EXIT_STALLED`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,18 +64,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         announce(str(stop))
         return 128 + stop.signal_number
-    except distributed.StartupError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_PROCESSES_MISSING
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, distributed.StartupError, distributed.LostProcess) as error:
         if os.environ.get("UNIHETERO_TRACEBACK"):  # where a message is not enough
             raise
         of_many = f"process {distributed.process_id()}: " if distributed.num_processes() > 1 else ""
         print(f"error: {of_many}{error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _exit_code(error)
+    finally:
+        distributed.disconnect()
     return 0
+
+
+def _exit_code(error: Exception) -> int:
+    match error:
+        case distributed.StartupError():
+            return EXIT_PROCESSES_MISSING
+        case distributed.LostProcess():
+            return EXIT_STALLED
+        case StorageError() | SaveError():
+            return EXIT_STORAGE
+    return EXIT_BAD_INPUT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -235,6 +249,7 @@ def run_training(
     profile: tuple[int, int] | None = None,
 ) -> TrainState:
     """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
+    agree_on_run(config, workdir, change_mixture)
     prepare_workdir(workdir)  # before minutes go into a scene world
     world = config.scene_world
     if world.level != "none":

@@ -42,7 +42,7 @@ from unihetero_jax.model.attention import choose_backend
 from unihetero_jax.roofline import expected_traffic, make_roofline, memory_estimate, network_seconds
 from unihetero_jax.sharding import batch_sharding, make_mesh
 from unihetero_jax.step import abstract_state, compile_train_step
-from unihetero_jax.topology import CHIPS, GIB, Topology, parse_topology
+from unihetero_jax.topology import CHIPS, GIB, Topology, check_mesh, parse_topology
 
 LIBTPU = "0.0.42.1"
 """The compiler for TPUs of the pinned jax (its extra `tpu` names it); also in pyproject.toml, extra `tpu-aot`."""
@@ -83,7 +83,7 @@ def compile_command(flags: argparse.Namespace, overrides: Sequence[str]) -> None
         ValueError: if the machine, the configuration or libtpu is wrong, or the program does not fit.
     """
     topology = parse_topology(flags.topology)
-    _check_mesh(parse_config_flags(flags.config, overrides), topology, flags.topology)
+    check_mesh(parse_config_flags(flags.config, overrides), topology)
     folder = find_libtpu(flags.libtpu) if topology.platform == "tpu" else None
     request = {
         "config": flags.config, "overrides": list(overrides), "topology": topology.name, "output": flags.output,
@@ -135,7 +135,8 @@ def worker_environment(topology: Topology, libtpu: str | None, dump: str) -> dic
     if topology.name != "gpu":
         environment["JAX_PLATFORMS"] = "cpu"
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compile time is part of the report
-    environment.pop("XLA_FLAGS", None)
+    for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS"):  # the report must not depend on the shell that asks for it
+        environment.pop(name, None)
     if topology.platform == "tpu":
         environment |= {
             "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost",
@@ -147,22 +148,6 @@ def worker_environment(topology: Topology, libtpu: str | None, dump: str) -> dic
     elif topology.name != "gpu":
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={topology.num_devices}"
     return environment
-
-
-def _check_mesh(config: Config, topology: Topology, asked: str) -> None:
-    mesh = config.mesh
-    needed = mesh.data * mesh.fsdp * mesh.tensor * mesh.context
-    if config.train.num_replicates > 1:
-        raise ValueError("train.num_replicates > 1: compile and explain are for one model; set it to 1")
-    if mesh.num_slices > 1:
-        raise ValueError(f"mesh.num_slices {mesh.num_slices}: one slice is compiled; set mesh.num_slices=1")
-    available = topology.num_devices
-    if available and needed != available:  # how many GPUs there are is for the compiling process to see
-        raise ValueError(
-            f"--topology={asked} has {available} devices, but mesh.data x fsdp x tensor x context is {mesh.data} x "
-            f"{mesh.fsdp} x {mesh.tensor} x {mesh.context} = {needed}; set them, for example --config.mesh.data=1 "
-            f"--config.mesh.fsdp={available} --config.mesh.tensor=1 --config.mesh.context=1"
-        )
 
 
 def mesh_of(config: Config, topology: Topology) -> Mesh:
@@ -460,7 +445,7 @@ def main(request: Mapping[str, Any]) -> int:
             kind = jax.devices()[0].device_kind
             chip = next((c for c in CHIPS.values() if c.platform == "gpu" and c.name in kind), None)
             topology = dataclasses.replace(topology, shape=(len(jax.devices()),), chip=chip)
-        _check_mesh(config, topology, request["topology"])
+        check_mesh(config, topology)
         try:
             report = describe(compile_step(config, topology, request["dump"]), topology)
             print(format_report(report))

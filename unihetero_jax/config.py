@@ -22,6 +22,7 @@ Component = Literal["encoder", "projector", "decoder", "semantic_head"]
 Remat = Literal["none", "dots", "full"]
 AttentionBackend = Literal["auto", "dense", "jax_nn", "splash"]
 Turns = Literal["branches", "repeated_prefix"]
+"""How independent turns of a sample lie in a row: as branches after one prefix, or each with the prefix repeated."""
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 MERGED_PATCHES = 4
 """Patches per visual token (2x2 merge)."""

@@ -16,6 +16,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,15 +29,25 @@ STARTUP_DEADLINE_S = 300.0
 """How long all processes may take to come (our choice: a node of a cluster boots in less)."""
 MESSAGE_DEADLINE_S = 600.0
 """How long a process may take to reach an exchange (our choice: the hashing of a large checkpoint takes minutes)."""
-HEARTBEAT_TIMEOUT_S = 60
-"""After so long without a sign of life JAX ends the processes that are left."""
+HEARTBEAT_TIMEOUT_S = 120
+"""After so long without a sign of life JAX ends the processes that are left, naming none: longer than the watchdog's
+`SILENT_S`."""
+SHUTDOWN_TIMEOUT_S = 60
+"""How long a process that ends with an error waits for the others to end too."""
 _RETRY_S = 0.2
+_CONNECTION_S = 5.0
+"""How long a connection to the start-up barrier may take to say who it is; others wait meanwhile."""
+_DAY_S = 86_400.0
 _BROADCASTS_KEPT = 8
-"""Of one name. No process falls so far behind: steps of the devices, or `gather`, lie between any two."""
+"""Of one name: no process is so many calls behind another, as steps of the devices lie between them."""
 
 
 class StartupError(RuntimeError):
     """Some processes of the run did not come; the message names them."""
+
+
+class LostProcess(RuntimeError):
+    """A process of the run did not reach an exchange; the message names it. Starting the run again may help."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +114,19 @@ def connect(cluster: Cluster | None, deadline_s: float = STARTUP_DEADLINE_S) -> 
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         cluster.coordinator_address, cluster.num_processes, cluster.process_id, cluster.local_device_ids,
-        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
     )  # fmt: skip
     _cluster = cluster
+
+
+def disconnect() -> None:
+    """Leaves the run together with the other processes: the first to go must not look lost to the rest."""
+    if _cluster is None:
+        return
+    try:
+        jax.distributed.shutdown()
+    except jax.errors.JaxRuntimeError as error:  # others did not come: each has its own reason and says it
+        print(f"process {process_id()}: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
 def is_lead() -> bool:
@@ -134,7 +155,7 @@ def gather(name: str, text: str, deadline_s: float = MESSAGE_DEADLINE_S) -> list
     All processes call it, in the same order for one name; different threads use different names.
 
     Raises:
-        TimeoutError: on process 0, naming who did not send.
+        LostProcess: on process 0, naming who did not send.
     """
     if _cluster is None:
         return [text]
@@ -150,16 +171,18 @@ def gather(name: str, text: str, deadline_s: float = MESSAGE_DEADLINE_S) -> list
         except jax.errors.JaxRuntimeError:
             silent.append(process)
     if silent:
-        raise TimeoutError(f"{name}: nothing came within {deadline_s:.0f} s from {named(silent)}")
+        raise LostProcess(f"{name}: nothing came within {deadline_s:.0f} s from {named(silent)}")
     client.key_value_delete(f"{key}/")
     return texts
 
 
-def broadcast(name: str, text: str | None = None, deadline_s: float = MESSAGE_DEADLINE_S) -> str:
+def broadcast(name: str, text: str | None = None, deadline_s: float = 2 * MESSAGE_DEADLINE_S) -> str:
     """Brings a text of process 0 to all. `text` is read there only.
 
+    The deadline is longer than that of `gather`: process 0 may have to wait there, and then it can say for whom.
+
     Raises:
-        TimeoutError: process 0 did not send.
+        LostProcess: process 0 did not send.
     """
     if _cluster is None:
         assert text is not None
@@ -174,7 +197,7 @@ def broadcast(name: str, text: str | None = None, deadline_s: float = MESSAGE_DE
     try:
         return client.blocking_key_value_get(key, int(deadline_s * 1000))
     except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(f"{name}: nothing came within {deadline_s:.0f} s from {named([0])}") from error
+        raise LostProcess(f"{name}: nothing came within {deadline_s:.0f} s from {named([0])}") from error
 
 
 def agree(name: str, values: Mapping[str, str]) -> None:
@@ -185,10 +208,10 @@ def agree(name: str, values: Mapping[str, str]) -> None:
     """
     all_values = [json.loads(text) for text in gather(name, json.dumps(dict(values)))]
     faults = [
-        f"  - {key}: {values[key]} on {named([0])}, {other[key]} on {named([process])}"
+        f"  - {key}: {values.get(key, 'absent')} on {named([0])}, {other.get(key, 'absent')} on {named([process])}"
         for process, other in enumerate(all_values)
-        for key in values
-        if other[key] != values[key]
+        for key in sorted(values.keys() | other.keys())
+        if other.get(key) != values.get(key)
     ]
     verdict = broadcast(f"{name}-verdict", "\n".join(faults))
     if verdict:
@@ -202,7 +225,7 @@ def lead_first(name: str, act: Callable[[], Any], others: Callable[[], Any] = la
         ValueError: on the others, with the message of what failed.
     """
     if not is_lead():
-        failure = broadcast(name)
+        failure = broadcast(name, deadline_s=_DAY_S)  # the act may take long; JAX notices if process 0 is gone
         if failure:
             raise ValueError(f"process 0: {failure}")
         return others()
@@ -222,6 +245,13 @@ def program_digest() -> str:
     for path in sorted(package.rglob("*.py")):
         state.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
     return state.hexdigest()
+
+
+def first_failure(name: str, own: str) -> str:
+    """What went wrong on the first process on which something did, told to all of them; empty: nothing anywhere."""
+    texts = gather(name, own)
+    failures = [f"{named([process])}: {text}" if _cluster else text for process, text in enumerate(texts) if text]
+    return broadcast(f"{name}-verdict", failures[0] if failures else "")
 
 
 def publish(key: str, text: str) -> None:
@@ -288,11 +318,12 @@ def _receive(cluster: Cluster, own: Mapping[str, Any], end: float, deadline_s: f
             listener.settimeout(left)
             with contextlib.suppress(TimeoutError):
                 connection = cleanup.enter_context(listener.accept()[0])
-                connection.settimeout(max(end - time.monotonic(), 1.0))
-                with contextlib.suppress(OSError, ValueError, KeyError):  # a stranger, or one that is gone again
-                    hello = json.loads(connection.makefile().readline())
-                    hosts[int(hello["process"])] = str(hello["host"])
-                    waiting.append(connection)
+                connection.settimeout(_CONNECTION_S)
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a stranger, or one that is gone
+                    hello = json.loads(connection.makefile().readline(1024))
+                    if 0 <= (process := int(hello["process"])) < cluster.num_processes:
+                        hosts[process] = str(hello["host"])
+                        waiting.append(connection)
         fault = _missing(cluster, hosts, deadline_s)
         answer = json.dumps({"fault": fault, "hosts": hosts}) + "\n"
         for connection in waiting:

@@ -19,7 +19,7 @@ from unihetero_jax.model import unihetero
 from unihetero_jax.model.attention import choose_backend
 from unihetero_jax.sharding import MESH_AXES, partition_spec
 from unihetero_jax.step import abstract_state
-from unihetero_jax.topology import Topology, parse_topology
+from unihetero_jax.topology import Topology, check_mesh, parse_topology
 
 LARGE_BYTES = 16 * 2**20
 """An array of more bytes than this on a device that no mesh axis splits is flagged, if the mesh has several devices."""
@@ -61,15 +61,9 @@ def abstract_mesh(config: Config, topology: Topology) -> AbstractMesh:
     Raises:
         ValueError: if it has another number of devices than the machine.
     """
+    check_mesh(config, topology)
     mesh = config.mesh
     shape = (mesh.data, mesh.fsdp, mesh.tensor, mesh.context)
-    available = topology.num_devices or len(jax.devices())
-    if math.prod(shape) != available:
-        raise ValueError(
-            f"--topology={topology.name} has {available} devices, but mesh.data x fsdp x tensor x context is "
-            f"{' x '.join(map(str, shape))} = {math.prod(shape)}; set them, for example --config.mesh.data=1 "
-            f"--config.mesh.fsdp={available} --config.mesh.tensor=1 --config.mesh.context=1"
-        )
     return AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

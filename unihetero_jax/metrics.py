@@ -25,9 +25,9 @@ from unihetero_jax.workdir import write_atomically
 
 METRICS_NAME = "metrics.jsonl"
 REPLACED_NAME = "metrics.replaced.jsonl"
-Phase = Literal["compile", "input_wait", "step", "eval", "save"]
-"""What the loop does: compiling the first step, waiting for the loader, steps, validation, the blocking part of a save.
-"""
+Phase = Literal["restore", "compile", "input_wait", "step", "eval", "save"]
+"""What a run does: restoring or initialising, compiling the first step, waiting for the loader, steps, validation, the
+blocking part of a save."""
 
 
 def announce(message: str) -> None:
@@ -190,8 +190,8 @@ class StepTimer:
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """Counts the time inside as one of the phases, which do not nest. `compile` and `eval` are left out of all
-        rates.
+        """Counts the time inside as one of the phases, which do not nest. `restore`, `compile` and `eval` are left out
+        of all rates.
         """
         start = self._clock()
         if self._loop_start_s is None:
@@ -203,13 +203,13 @@ class StepTimer:
             self._phases_s[name] += elapsed
             if name == "input_wait":
                 self._waited_s += elapsed
-            if name in ("compile", "eval"):
+            if name in ("restore", "compile", "eval"):
                 self._start_s += elapsed
 
     def goodput(self) -> dict[str, float]:
         """Seconds of the run so far by phase; `goodput` is the share of the steps.
 
-        `start_up_s` is what came before the first phase (imports, set-up, restore), `other_s` what is in none: hooks,
+        `start_up_s` is what came before the first phase (imports, set-up), `other_s` what is in none: hooks,
         accounting, writing lines. The parts add up to `wall_s`.
         """
         now = self._clock()

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from unihetero_jax.distributed import is_lead
 from unihetero_jax.storage import StorageError, is_local, upload
 
 FOLDER = "profile"
@@ -58,7 +59,7 @@ class Profile:
         if steps and self._last <= first_step:
             report(f"--profile: steps {self._first} to {self._last} are done already, nothing is traced")
         self._first = max(self._first, first_step + 1)
-        if jax.process_index() != 0:
+        if not is_lead():
             self._last = -1
 
     def run(self, number: int, step: Callable[..., Any], *arguments: Any) -> Any:
@@ -68,8 +69,8 @@ class Profile:
         if number == self._first:
             self._start()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            self._running = number
             results = step(*arguments)
-        self._running = number
         if number == self._last:
             jax.block_until_ready(results)
             self.close()

@@ -99,6 +99,7 @@ class Reporter:
         workdir: epath.Path,
         first_step: int,
         counters: Mapping[str, np.ndarray],
+        timer: StepTimer | None = None,
         counts_rows: bool = True,
     ):
         """What a run reports from `first_step` on.
@@ -108,6 +109,7 @@ class Reporter:
             workdir: folder of the run.
             first_step: finished steps at the start.
             counters: those of `get_state` at `first_step`; empty for a new run.
+            timer: of the run.
             counts_rows: False where another process holds the same rows and counts them.
         """
         self._config, self._counts_rows = config, counts_rows
@@ -125,7 +127,7 @@ class Reporter:
         self._alarms: dict[str, str] = {}
         self._failures_shown = 0
         self._identity = {"config_hash": config_hash(config), "objective": config.objective}
-        self.timer = StepTimer()
+        self.timer = timer or StepTimer()
 
     def start(self, done: int, host_batch: HostBatch, metrics: StepMetrics) -> None:
         """Keeps a step that has been dispatched; `finish_pending` waits for it."""

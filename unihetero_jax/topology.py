@@ -18,6 +18,8 @@ import math
 import re
 from typing import Literal
 
+from unihetero_jax.config import Config
+
 Platform = Literal["tpu", "gpu", "cpu"]
 GIB = 2**30
 
@@ -156,3 +158,20 @@ def _near(name: str) -> str:
     if close:
         return f"; did you mean {' or '.join(close)}?"
     return "; there are TPU slices such as v5e:16x16, v5p:4x4x4 and v6e-256, servers such as 8xH100, cpu:8, and gpu"
+
+
+def check_mesh(config: Config, topology: Topology) -> None:
+    """Raises ValueError if the configuration is not for this machine: another number of devices, or many models."""
+    mesh = config.mesh
+    shape = (mesh.data, mesh.fsdp, mesh.tensor, mesh.context)
+    if config.train.num_replicates > 1:
+        raise ValueError("train.num_replicates > 1: compile and explain are for one model; set it to 1")
+    if mesh.num_slices > 1:
+        raise ValueError(f"mesh.num_slices {mesh.num_slices}: one slice is looked at; set mesh.num_slices=1")
+    available = topology.num_devices
+    if available and math.prod(shape) != available:  # how many GPUs there are is for the compiling process to see
+        raise ValueError(
+            f"--topology={topology.name} has {available} devices, but mesh.data x fsdp x tensor x context is "
+            f"{' x '.join(map(str, shape))} = {math.prod(shape)}; set them, for example --config.mesh.data=1 "
+            f"--config.mesh.fsdp={available} --config.mesh.tensor=1 --config.mesh.context=1"
+        )

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -28,14 +29,17 @@ from unihetero_jax.data.mixture import (
     validation_batches,
 )
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
-from unihetero_jax.metrics import IntervalMetrics, announce
+from unihetero_jax.metrics import IntervalMetrics, StepTimer, announce
 from unihetero_jax.profiling import Profile
 from unihetero_jax.reporting import Reporter
 from unihetero_jax.sharding import Vote, local_rows, make_mesh, to_global
 from unihetero_jax.state import TrainState, ema_components
 from unihetero_jax.watchdog import Watchdog
-from unihetero_jax.workdir import RunLock, prepare_workdir, write_config
+from unihetero_jax.workdir import STALE_AFTER_S, RunLock, prepare_workdir, write_config
 
+LOCK_PATIENCE_S = 1.25 * STALE_AFTER_S
+SAVE_FAILED = 1000
+"""Given to the vote by a process whose save failed; above every signal's number."""
 Hook = Callable[[int, TrainState], None]
 Evaluate = Callable[[TrainState, int], Mapping[str, Any]]
 
@@ -74,8 +78,9 @@ def train(
         Interrupted: SIGTERM or SIGINT came; the step was finished and saved.
         ValueError: bad input of any kind; the message names it and the remedy.
     """
+    agree_on_run(config, workdir, change_mixture)
     workdir = prepare_workdir(workdir)
-    lock = RunLock(workdir)
+    lock = RunLock(workdir, patience_s=LOCK_PATIENCE_S, report=announce)
     with contextlib.ExitStack() as cleanup:
         distributed.lead_first("lock", lambda: cleanup.enter_context(lock))
         with _StopSignals() as signals:
@@ -85,6 +90,18 @@ def train(
         if evaluate is not None:
             evaluate(state, done)
     return state
+
+
+def agree_on_run(config: Config, workdir: epath.PathLike, change_mixture: bool) -> None:
+    """Compares what the processes of a run were started with.
+
+    Raises:
+        ValueError: on all of them, with what differs and where.
+    """
+    distributed.agree("start", {
+        "configuration": config_hash(config), "--workdir": str(workdir), "--change-mixture": str(change_mixture),
+        "program": f"{__version__} {distributed.program_digest()}", "jax": jax.__version__,
+    })  # fmt: skip
 
 
 def _train_steps(
@@ -106,14 +123,16 @@ def _train_steps(
     rows = local_rows(mesh, config.train.global_batch_rows, config.train.num_replicates > 1)
     stream = make_train_iterator(config, tokenizer, rows)
     data_identity = {"tokenizer": tokenizer.hash, "sources": stream.digests}
-    _check_that_processes_agree(config, data_identity)
+    distributed.agree("data", {"tokenizer": tokenizer.hash, **stream.digests})
     validate = _make_validation(config, mesh, tokenizer)
     prove = functools.partial(gradient_table.prove, config, step.loss_terms, workdir, announce)
     distributed.lead_first("gradient-table", prove, prove)
     checkpointer = Checkpointer(workdir, config, data_identity, announce, change_mixture)
-    state, first_step, counters = _restore_or_init(config, mesh, checkpointer, stream)
+    timer = StepTimer()
+    with timer.phase("restore"):
+        state, first_step, counters = _restore_or_init(config, mesh, checkpointer, stream)
     distributed.lead_first("config", lambda: write_config(workdir, to_dict(config)))
-    reporter = Reporter(config, workdir, first_step, counters, _counts_rows(rows))
+    reporter = Reporter(config, workdir, first_step, counters, timer, _counts_rows(rows))
     trace = Profile(profile, workdir, first_step, announce)
     train_step = step.compile_train_step(config, mesh)
     is_replicated = config.train.num_replicates > 1
@@ -124,13 +143,17 @@ def _train_steps(
         for resource in (checkpointer, reporter, stream, trace):
             cleanup.callback(resource.close)
         watchdog = cleanup.enter_context(Watchdog(config.train.step_deadline_s))
-        while done < num_steps and not (stopped_by := vote.highest(signals.requested)):
+        while done < num_steps:
+            stopped_by = vote.highest(SAVE_FAILED if checkpointer.has_failed else signals.requested)
+            if stopped_by == SAVE_FAILED:
+                checkpointer.wait()  # raises, on all processes
+            if stopped_by:
+                break
             lock.check()
-            checkpointer.check()
-            with reporter.timer.phase("input_wait"):
+            with timer.phase("input_wait"):
                 host_batch = next(stream)
             batch = to_global(host_batch.arrays, mesh, is_replicated)
-            with reporter.timer.phase("compile" if done == first_step else "step"):
+            with timer.phase("compile" if done == first_step else "step"):
                 state, metrics = trace.run(done + 1, train_step, state, batch)
             done += 1
             reporter.finish_pending()
@@ -140,28 +163,16 @@ def _train_steps(
             if done > first_step + 1:  # the first step was only dispatched, and may compile for long
                 watchdog.beat(done)
             if done % config.train.eval_every_steps == 0 or done == num_steps:
-                with reporter.timer.phase("eval"):
+                with timer.phase("eval"):
                     reporter.add_eval_loss(validate(state))
             if done % config.checkpoint.every_steps == 0:
                 reporter.flush()  # a step that is saved has its line
-                with reporter.timer.phase("save"):
+                with timer.phase("save"):
                     checkpointer.save(done, state, _position(stream) | reporter.get_state())
         reporter.flush()
         if done:  # the last step, or the one that a signal stopped at; saved already, it is not saved again
             checkpointer.save(done, state, _position(stream) | reporter.get_state(), wait=True)
     return done, state, stopped_by
-
-
-def _check_that_processes_agree(config: Config, data_identity: Mapping[str, Any]) -> None:
-    """Raises ValueError on all processes of the run, if their configuration, program or data differ."""
-    values = {
-        "configuration": config_hash(config),
-        "program": f"{__version__} {distributed.program_digest()}",
-        "jax": jax.__version__,
-        "tokenizer": data_identity["tokenizer"],
-        **{f"data.sources.{name}": digest for name, digest in data_identity["sources"].items()},
-    }
-    distributed.agree("start", values)
 
 
 def _counts_rows(rows: Sequence[int]) -> bool:
@@ -172,8 +183,7 @@ def _counts_rows(rows: Sequence[int]) -> bool:
     """
     texts = distributed.broadcast("rows", json.dumps(distributed.gather("rows-of", json.dumps(list(rows)))))
     all_rows = [json.loads(text) for text in json.loads(texts)]
-    others = [other for process, other in enumerate(all_rows) if process != distributed.process_id()]
-    if any(other != list(rows) and set(other) & set(rows) for other in others):
+    if any(one != other and set(one) & set(other) for one, other in itertools.combinations(all_rows, 2)):
         raise ValueError(
             "mesh: two processes share some of the rows that they hold, and not all; let mesh.tensor x mesh.context be "
             "a multiple or a divisor of the devices of a process"

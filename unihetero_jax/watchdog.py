@@ -17,6 +17,9 @@ from unihetero_jax import distributed
 EXIT_STALLED = 75
 """Exit code after a stall: EX_TEMPFAIL of sysexits.h, "try again"."""
 MAX_POLL_S = 10.0
+SILENT_S = 60.0
+"""A process that gives no sign of life for so long, while a step is not finished, ends the others (our choice: under
+JAX's own limit, which ends them without a name)."""
 ANSWER_S = 5.0
 """How long the coordination service may take to say who is alive."""
 
@@ -32,9 +35,11 @@ class Watchdog:
 
     def __init__(self, deadline_s: float):
         self._deadline_s = deadline_s
+        self._silent_s = min(SILENT_S, deadline_s / 2)
         self._poll_s = min(MAX_POLL_S, deadline_s / 10)
-        self._step = 0
+        self._step = self._signs = 0
         self._last: float | None = None
+        self._heard: dict[int, tuple[str, float]] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -55,21 +60,28 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll_s):
-            if distributed.num_processes() > 1:
-                self._publish()
-            if self._last is not None and time.monotonic() - self._last > self._deadline_s:
-                self._end()
+            is_alone = distributed.num_processes() == 1
+            if not is_alone:
+                self._give_sign()
+            waited = 0.0 if self._last is None else time.monotonic() - self._last
+            silent = "" if is_alone or waited < self._silent_s / 2 else self._who_is_silent()
+            if silent or waited > self._deadline_s:
+                self._end(waited, silent)
 
-    def _publish(self) -> None:
-        state = f"{time.time()} {self._step}"
-        key = f"watchdog/{distributed.process_id()}"
+    def _give_sign(self) -> None:
+        self._signs += 1
+        key, sign = f"watchdog/{distributed.process_id()}", f"{self._signs} {self._step}"
         # In a thread of its own: a coordinator that is stopped never answers, and must not stop this one.
-        threading.Thread(target=_try, args=(distributed.publish, key, state), daemon=True).start()
+        threading.Thread(target=_try, args=(distributed.publish, key, sign), daemon=True).start()
 
-    def _end(self) -> None:
+    def _end(self, waited: float, silent: str) -> None:
+        if not silent and self._heard:
+            silent = "All processes are alive; the last steps that they finished: " + ", ".join(
+                f"{process}: {sign.split()[1]}" for process, (sign, _) in sorted(self._heard.items())
+            )
         print(
-            f"\nwatchdog: no step was finished for {self._deadline_s:.0f} s (train.step_deadline_s) after step "
-            f"{self._step}, here {distributed.named([distributed.process_id()])}. {self._who_is_silent()}\n"
+            f"\nwatchdog: no step was finished for {waited:.0f} s (train.step_deadline_s {self._deadline_s:.0f}) after "
+            f"step {self._step}, here {distributed.named([distributed.process_id()])}. {silent}\n"
             "The stacks of all threads:",
             file=sys.stderr, flush=True,
         )  # fmt: skip
@@ -77,30 +89,31 @@ class Watchdog:
         sys.stderr.flush()
         if distributed.is_lead():
             # With this process the coordination service ends, and JAX would end the others before they have spoken.
-            time.sleep(min(ANSWER_S, self._deadline_s))
+            time.sleep(2 * self._poll_s)
         os._exit(EXIT_STALLED)
 
     def _who_is_silent(self) -> str:
-        if distributed.num_processes() == 1:
-            return ""
+        """The processes whose last sign of life is too long ago, by this process's own clock; empty: none."""
         found: list[dict[str, str]] = []
         asking = threading.Thread(target=_try, args=(lambda: found.append(distributed.published("watchdog")),))
         asking.daemon = True
         asking.start()
         asking.join(ANSWER_S)
+        now = time.monotonic()
         if not found:
-            return f"{distributed.named([0])}, the coordinator, does not answer."
-        states = {int(key.rpartition("/")[2]): value.split() for key, value in found[0].items()}
-        silent, now = [], time.time()
+            first_asked = self._heard.setdefault(0, ("", now))[1]
+            is_long = now - first_asked > self._silent_s
+            return f"{distributed.named([0])}, the coordinator, does not answer." if is_long else ""
+        signs = {int(key.rpartition("/")[2]): value for key, value in found[0].items()}
         for process in range(distributed.num_processes()):
-            heard = float(states[process][0]) if process in states else 0.0
-            if now - heard > max(3 * self._poll_s, self._deadline_s / 2):
-                ago = f"for {now - heard:.0f} s" if heard else "ever"
-                silent.append(f"{distributed.named([process])} was not heard of {ago}")
-        if silent:
-            return "; ".join(silent) + "."
-        steps = ", ".join(f"{process}: {states[process][1]}" for process in sorted(states))
-        return f"All processes are alive; the last steps that they finished: {steps}."
+            sign = signs.get(process, "")
+            if self._heard.get(process, ("none", 0.0))[0] != sign:
+                self._heard[process] = (sign, now)
+        silent = [process for process, (_, heard) in self._heard.items() if now - heard > self._silent_s]
+        return "; ".join(
+            f"{distributed.named([process])} was not heard of for {now - self._heard[process][1]:.0f} s"
+            for process in silent
+        )
 
 
 def _try(act, *arguments: str) -> None:

@@ -172,9 +172,23 @@ class RunLock:
     there the file is read back after writing, and the last writer wins.
 
     A run that was suspended for longer than the limit may lose its lock; `check` then raises.
+
+    Args:
+        workdir: folder of the run.
+        heartbeat_interval_s: seconds between two heartbeats.
+        patience_s: a lock of another host is waited for so long: if its heartbeat stops, it is taken over, so that a
+            run whose host was lost can be started again at once elsewhere.
+        report: receives messages for the user.
     """
 
-    def __init__(self, workdir: epath.PathLike, heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        heartbeat_interval_s: float = HEARTBEAT_INTERVAL_S,
+        patience_s: float = 0.0,
+        report: Callable[[str], None] = print,
+    ):
+        self._patience_s, self._report = patience_s, report
         self._path = to_path(workdir) / LOCK_NAME
         self._interval_s = heartbeat_interval_s
         self._record = {
@@ -196,6 +210,7 @@ class RunLock:
         Raises:
             WorkdirError: naming the holder, if another live run has it.
         """
+        self._wait_for_the_lost()
         with _guard(self._path):
             holder = _read_lock(self._path)
             if holder is not None and not _is_stale(holder):
@@ -210,6 +225,18 @@ class RunLock:
         self._thread = threading.Thread(target=self._beat, name="run-lock-heartbeat", daemon=True)
         self._thread.start()
         return self
+
+    def _wait_for_the_lost(self) -> None:
+        """Returns when it is known whether a holder elsewhere is alive: its heartbeat moved, or it is stale."""
+        first, end = _read_lock(self._path), time.monotonic() + self._patience_s
+        if first is None or _is_here(first) or _is_stale(first) or not self._patience_s:
+            return
+        host = first.get("host", "unknown")
+        self._report(f"{self._path}: held by host {host}; waiting up to {self._patience_s:.0f} s for its heartbeat")
+        while (holder := _read_lock(self._path)) is not None and holder.get("heartbeat") == first.get("heartbeat"):
+            if _is_stale(holder) or time.monotonic() > end:
+                return
+            time.sleep(min(1.0, self._patience_s / 10))
 
     def check(self) -> None:
         """Raises WorkdirError if the lock was lost or its heartbeat cannot be written; cheap, meant for every step."""
@@ -293,16 +320,19 @@ def _read_lock(path: epath.Path) -> dict[str, Any] | None:
 def _is_stale(holder: Mapping[str, Any]) -> bool:
     if time.time() - float(holder.get("heartbeat", 0.0)) > STALE_AFTER_S:
         return True
-    if (
-        holder.get("host") != socket.gethostname()
-        or holder.get("namespace", _process_namespace()) != _process_namespace()
-    ):
+    if not _is_here(holder):
         return False  # its pid says nothing here
     pid = holder.get("pid")
     if not isinstance(pid, int):
         return False
     start = _process_start(pid)
     return start is None or ("process_start" in holder and start != holder["process_start"])
+
+
+def _is_here(holder: Mapping[str, Any]) -> bool:
+    """Whether the holder's pid names a process of this machine."""
+    namespace = _process_namespace()
+    return holder.get("host") == socket.gethostname() and holder.get("namespace", namespace) == namespace
 
 
 def _refusal(path: epath.Path, holder: Mapping[str, Any]) -> str:

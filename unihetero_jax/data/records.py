@@ -18,6 +18,8 @@ import numpy as np
 import xxhash
 from PIL import Image, TiffImagePlugin
 
+from unihetero_jax.config import Turns
+
 RECORD_VERSION = 1
 MERGE_SIZE = 2
 """A visual token stands for a block of 2x2 patches (the Semantic Encoder's merge)."""
@@ -35,10 +37,6 @@ FLAG_GENERATED_IMAGE = 1
 """At least one image of the record comes after text, so a visual loss on generated images applies to it."""
 FLAG_TOO_LONG = 2
 """`num_tokens` or `num_patches` did not fit its field; the planner counts and drops such a record."""
-
-
-Turns = Literal["branches", "repeated_prefix"]
-"""How independent turns of a sample lie in a row: as branches after one prefix, or each with the prefix repeated."""
 
 
 class RecordError(ValueError):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import typechecked
-from unihetero_jax.config import AttentionBackend
+from unihetero_jax.config import AttentionBackend, Turns
 from unihetero_jax.model.splash import Order, splash_attend
 from unihetero_jax.sharding import by_device, current_platform
 
@@ -137,11 +137,11 @@ def encoder_attention(
     return _masked(backend, encoder_mask(patch_segment_ids, causal))
 
 
-def require_segments_alone(choice: AttentionBackend, turns: Literal["branches", "repeated_prefix"]) -> None:
+def require_segments_alone(choice: AttentionBackend, turns: Turns) -> None:
     """Raises ValueError if turns are laid out as branches for a back end that knows segments alone."""
     if choose_backend(choice, current_platform()) == "splash" and turns == "branches":
         raise ValueError(
-            "model.attention_backend auto means splash on these devices, which cannot mask independent turns of a "
+            f"model.attention_backend {choice} is splash on these devices, which cannot mask independent turns of a "
             "sample; set data.turns=repeated_prefix, or model.attention_backend=dense or jax_nn"
         )
 
