@@ -17,9 +17,9 @@ from unihetero_jax import distributed
 EXIT_STALLED = 75
 """Exit code after a stall: EX_TEMPFAIL of sysexits.h, "try again"."""
 MAX_POLL_S = 10.0
-SILENT_S = 60.0
-"""A process that gives no sign of life for so long, while a step is not finished, ends the others (our choice: under
-JAX's own limit, which ends them without a name)."""
+SILENT_S = 40.0
+"""A process that gives no sign of life for so long, while a step is not finished, ends the others (our choice: four
+missed signs, and under JAX's own limit, which ends them without a name)."""
 ANSWER_S = 5.0
 """How long the coordination service may take to say who is alive."""
 
@@ -60,12 +60,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll_s):
-            is_alone = distributed.num_processes() == 1
-            if not is_alone:
+            silent = ""
+            if distributed.num_processes() > 1:
                 self._give_sign()
+                silent = self._who_is_silent()
             waited = 0.0 if self._last is None else time.monotonic() - self._last
-            silent = "" if is_alone or waited < self._silent_s / 2 else self._who_is_silent()
-            if silent or waited > self._deadline_s:
+            if waited > self._deadline_s or (silent and waited > self._silent_s / 2):
                 self._end(waited, silent)
 
     def _give_sign(self) -> None:
@@ -101,8 +101,8 @@ class Watchdog:
         asking.join(ANSWER_S)
         now = time.monotonic()
         if not found:
-            first_asked = self._heard.setdefault(0, ("", now))[1]
-            is_long = now - first_asked > self._silent_s
+            last_answer = self._heard.setdefault(0, ("", now))[1]
+            is_long = now - last_answer > self._silent_s
             return f"{distributed.named([0])}, the coordinator, does not answer." if is_long else ""
         signs = {int(key.rpartition("/")[2]): value for key, value in found[0].items()}
         for process in range(distributed.num_processes()):
