@@ -263,6 +263,7 @@ def test_the_model_with_splash_has_the_losses_and_gradients_of_dense():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "split"), [("jax_nn", "mesh__fsdp"), ("splash", "mesh__fsdp"), ("splash", "mesh__context")]
 )

@@ -121,7 +121,7 @@ def one_device():
         {"mesh__fsdp": 4, "mesh__tensor": 2},
         {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
         {"mesh__fsdp": 2, "mesh__tensor": 2, "mesh__context": 2},
-        {"mesh__data": 4, "mesh__context": 2, "mesh__num_slices": 2},
+        pytest.param({"mesh__data": 4, "mesh__context": 2, "mesh__num_slices": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_eight_devices_equal_one(one_device, mesh):
