@@ -8,18 +8,16 @@ idle machine.
 """
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.interleave import Timing, machine_facts
+from benchmarks.interleave import Timing
+from benchmarks.results_file import describe_run, write_results
 from unihetero_jax.model.attention import attend, decoder_mask
 
 SHAPES = {
@@ -72,16 +70,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", default="benchmarks/results/attention.json")
     flags = parser.parse_args()
+    run = describe_run(("jax", "jaxlib"))
     results = {name: measure(shape, flags.rounds) for name, shape in SHAPES.items()}
     print(f"{'':22}{'ours':>10}{'jax.nn':>10}{'ratio':>8}")
     for name, found in results.items():
         ours, theirs = (1e3 * found[arm]["median_s"] for arm in ("ours", "jax.nn"))
         print(f"{name:22}{ours:>7.1f} ms{theirs:>7.1f} ms{found['ratio']:>7.2f}x")
-    content = {"machine": machine_facts(), "jax": jax.__version__, "load_average": os.getloadavg(), "results": results}
-    out = Path(flags.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {out}")
+    write_results(flags.out, run, {"results": results})
 
 
 if __name__ == "__main__":

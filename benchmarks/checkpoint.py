@@ -11,8 +11,6 @@ worse, so what reaches its bar there does.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import subprocess
 import sys
@@ -25,7 +23,8 @@ import jax
 import numpy as np
 from etils import epath
 
-from benchmarks.interleave import Timing, machine_facts
+from benchmarks.interleave import Timing
+from benchmarks.results_file import describe_run, write_results
 from benchmarks.train_step import make_config
 from unihetero_jax import step
 from unihetero_jax.checkpoint import Checkpointer, checkpoint_root, list_steps
@@ -145,23 +144,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=760, help="of the run; 0: none")
     parser.add_argument("--out", default="benchmarks/results/checkpoint.json")
     flags = parser.parse_args()
+    run = describe_run(("jax", "orbax-checkpoint", "xxhash"))
     with tempfile.TemporaryDirectory(prefix="unihetero-") as name:
-        folder, load_before = epath.Path(name), os.getloadavg()
+        folder = epath.Path(name)
         results: dict[str, Any] = {"saves": measure_saves(folder / "saves", flags.saves)}
         newest = checkpoint_root(folder / "saves") / str(flags.saves)
         results["digests"] = measure_digests(newest, flags.rounds)
         results["share"] = measure_share(Path(name), flags.steps) if flags.steps else None
     print_results(results)
-    content = {
-        "machine": machine_facts(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint", "xxhash")},
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "load_average": {"before": load_before, "after": os.getloadavg()}, "results": results,
-    }  # fmt: skip
-    out = Path(flags.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {out}")
+    write_results(flags.out, run, {"results": results})
 
 
 if __name__ == "__main__":

@@ -9,9 +9,7 @@ pixels. Needs torch and webdataset: `pip install torch webdataset`.
 """
 
 import argparse
-import importlib.metadata
 import io
-import json
 import os
 import sys
 import tarfile
@@ -24,7 +22,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.interleave import Timing, Worker, interleaved, machine_facts, serve
+from benchmarks.interleave import Timing, Worker, interleaved, serve
+from benchmarks.results_file import describe_run, write_results
 
 HEIGHT, WIDTH, PATCH = 375, 500, 16
 TARGET = (192, 256)
@@ -128,28 +127,25 @@ def main() -> None:
     if flags.worker:
         _work(flags.worker[0], Path(flags.worker[1]), int(flags.worker[2]))
         return
-    parallel = len(os.sched_getaffinity(0))
+    run, parallel = describe_run(("pillow", "torch", "webdataset", "grain")), len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as name:
         write_images(Path(name), flags.images)
         workers = [Worker(arm, ["benchmarks.decode", "--worker", arm, name, str(parallel)], 6) for arm in ARMS]
         timings = interleaved(workers, flags.rounds, lambda line: print(line, file=sys.stderr))
         for worker in workers:
             worker.close()
-    _report(timings, parallel, Path(flags.out))
-
-
-def _report(timings: dict[str, Timing], parallel: int, out: Path) -> None:
     ratio = timings["torch"].median / timings["ours"].median
+    print_table(timings, ratio)
+    arms = {arm: timing.to_json() for arm, timing in timings.items()}
+    write_results(flags.out, run, {"parallel": parallel, "ratio": ratio, "arms": arms})
+
+
+def print_table(timings: dict[str, Timing], ratio: float) -> None:
+    """A line for each arm, and our gain."""
     for arm, timing in timings.items():
         note = "  REJECTED: the machine was not quiet" if timing.is_rejected else ""
         print(f"{arm:8}{SAMPLES_PER_CALL / timing.median:>10,.0f} samples/s{note}")
     print(f"ratio {ratio:.2f}x")
-    versions = {name: importlib.metadata.version(name) for name in ("pillow", "torch", "webdataset", "grain")}
-    content = {"machine": machine_facts(), "versions": versions, "parallel": parallel, "ratio": ratio,
-               "arms": {arm: timing.to_json() for arm, timing in timings.items()}}  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {out}")
 
 
 if __name__ == "__main__":

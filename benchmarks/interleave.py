@@ -11,12 +11,10 @@ calls took.
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 REJECT_ABOVE = 1.25
@@ -100,18 +98,3 @@ def interleaved(workers: Sequence[Worker], rounds: int, report: Callable[[str], 
             seconds[worker.name].append(worker.time(worker.calls_per_round))
         report(f"round {number + 1}/{rounds}, load average {os.getloadavg()[0]:.2f}")
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
-
-
-def machine_facts() -> dict[str, Any]:
-    """What a reader needs to judge a figure: processor, cores, memory, system."""
-    model = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return {
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }

@@ -11,10 +11,8 @@ fill.
 import argparse
 import dataclasses
 import hashlib
-import importlib.metadata
 import io
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from benchmarks.interleave import machine_facts
+from benchmarks.results_file import describe_run, write_results
 from experiments import base
 from unihetero_jax.config import Config, from_config_dict
 from unihetero_jax.data import mixture, records
@@ -39,6 +37,7 @@ WORDS = [
 ]
 RESUME_WINDOWS = (1, 1_000, 1_000_000)
 SHARDS, WINDOW = 8, 4096
+LIBRARIES = ("numpy", "grain", "array-record", "pillow", "tokenizers", "transformers", "msgpack")
 
 
 def generate_records(count: int, seed: int) -> list[Record]:
@@ -180,13 +179,6 @@ def measure_reading(config: Config, tokenizer: Tokenizer, seconds: float) -> dic
     return result
 
 
-def describe_machine() -> dict[str, object]:
-    """Machine, load and the versions that a figure depends on."""
-    names = ("numpy", "grain", "array-record", "pillow", "tokenizers", "transformers", "msgpack")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return machine_facts() | {"load_average": os.getloadavg()[0], "versions": versions}
-
-
 def print_table(results: dict[str, dict[str, float]]) -> None:
     """The table that goes into a report."""
     resume = [f"resume w={window:g}" for window in RESUME_WINDOWS]
@@ -207,7 +199,7 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/loader.json")
     arguments = parser.parse_args()
     results = {}
-    machine = describe_machine()
+    run = describe_run(LIBRARIES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for count in (10**3, 10**6, *([10**8] if arguments.full else [])):
@@ -224,8 +216,7 @@ def main() -> None:
             with_threads = dataclasses.replace(config, data=dataclasses.replace(config.data, num_threads=threads))
             results[f"loader, {threads} threads"] = measure_reading(with_threads, tokenizer, arguments.seconds)
     print_table(results)
-    report = {
-        "machine": machine,
+    content = {
         "row_tokens": ROW_TOKENS,
         "row_patches": ROW_PATCHES,
         "image_max_patches": MAX_PATCHES,
@@ -233,9 +224,7 @@ def main() -> None:
         "window_size": WINDOW,
         "results": results,
     }
-    Path(arguments.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(arguments.out).write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {arguments.out}")
+    write_results(arguments.out, run, content)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ position a target. remat: 12 encoder and 12 decoder layers of small width, with 
 import argparse
 import contextlib
 import dataclasses
-import importlib.metadata
 import itertools
 import json
 import os
@@ -33,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import train_step
-from benchmarks.interleave import Timing, machine_facts
+from benchmarks.interleave import Timing
+from benchmarks.results_file import describe_run, write_results
 from unihetero_jax import objectives, sharding, step
 from unihetero_jax.config import Config, Remat
 from unihetero_jax.model.layers import UNROLL_UP_TO
@@ -242,18 +242,10 @@ def main() -> None:
         "speed": lambda: measure_speed(flags.rounds),
         "remat": lambda: measure_remat(flags.rounds),
     }
-    load_before = os.getloadavg()
+    run = describe_run(("jax", "jaxlib", "flax", "optax"))
     for part in () if flags.table else flags.parts.split(","):
-        content = {
-            "machine": machine_facts(),
-            "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "results": content["results"] | {part: measures[part]()},
-            "load_average": {"before": load_before, "after": os.getloadavg()},
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(content, indent=1) + "\n")
+        content = run | {"results": content["results"] | {part: measures[part]()}}
+        write_results(out, run, content)
     print(page(content), end="")
 
 

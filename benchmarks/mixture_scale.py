@@ -7,7 +7,6 @@ Text, captioned images, samples of four images and interleaved documents are mix
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.loader import describe_machine
+from benchmarks.loader import LIBRARIES
+from benchmarks.results_file import describe_run, write_results
 from unihetero_jax.data import records
 from unihetero_jax.data.mixture import WindowPlanner
 from unihetero_jax.data.schedule import Member, MixtureSchedule
@@ -127,16 +127,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of planning")
     parser.add_argument("--out", default="benchmarks/results/mixture_scale.json")
     flags = parser.parse_args()
-    machine = describe_machine()
+    run = describe_run(LIBRARIES)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(write_indices(Path(folder), flags.records), flags.seconds)
     for name, value in result.items():
         print(f"{name:28}{value:>16,.4f}")
-    report = {"machine": machine, "num_records": flags.records, "row_tokens": ROW_TOKENS, "num_data_shards": SHARDS,
-              "window_size": WINDOW, "results": result}  # fmt: skip
-    Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(flags.out).write_text(json.dumps(report, indent=2) + "\n")
-    print(f"written to {flags.out}")
+    write_results(flags.out, run, {
+        "num_records": flags.records, "row_tokens": ROW_TOKENS, "num_data_shards": SHARDS, "window_size": WINDOW,
+        "results": result,
+    })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ library and dtype. Needs an otherwise idle machine; CPU only.
 
 import argparse
 import dataclasses
-import importlib.metadata
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.interleave import REJECT_ABOVE, Timing, Worker, interleaved, machine_facts, serve
+from benchmarks.interleave import REJECT_ABOVE, Timing, Worker, interleaved, serve
+from benchmarks.results_file import describe_run, write_results
 from experiments import base
 from unihetero_jax import flops
 from unihetero_jax.config import Config, from_config_dict
@@ -299,20 +297,11 @@ def main() -> None:
         unknown = [item for item in chosen if item not in known]
         if unknown:
             parser.error(f"{kind}: unknown {', '.join(unknown)}; there are {', '.join(known)}")
+    run = describe_run(("jax", "jaxlib", "flax", "optax", "torch", "transformers"))
     results = [measure(name, arms, flags.rounds) for name in names]
     for result in results:
         print_table(result)
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
-    }
-    content = {
-        "machine": machine_facts(), "versions": versions, "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "results": results,
-    }  # fmt: skip
-    out = Path(flags.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"\nwritten to {out}")
+    write_results(flags.out, run, {"results": results})
 
 
 if __name__ == "__main__":

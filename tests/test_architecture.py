@@ -16,7 +16,7 @@ PACKAGE = "unihetero_jax"
 SOURCE_FOLDERS = (PACKAGE, "experiments", "data_pipelines", "benchmarks")
 
 LAYERS: list[set[str]] = [
-    {"arrays", "config", "storage", "hlo"},
+    {"arrays", "config", "storage", "hlo", "text_table"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
         "data.row_plan", "command_line", "workdir", "distributed", "topology",

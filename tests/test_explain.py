@@ -5,8 +5,7 @@ import pytest
 
 from unihetero_jax import explain
 from unihetero_jax.command_line import parse_config_flags
-from unihetero_jax.compile_ahead import bytes_per_device
-from unihetero_jax.sharding import make_mesh
+from unihetero_jax.sharding import bytes_per_device, make_mesh
 from unihetero_jax.step import abstract_state, init_state
 from unihetero_jax.topology import parse_topology
 

@@ -4,8 +4,10 @@ import io
 
 import numpy as np
 import pytest
+from conftest import make_tiny_config
 from PIL import Image
 
+from unihetero_jax import arrays, flops
 from unihetero_jax.data import packing, records
 from unihetero_jax.data.packing import Hole, ImagePiece, PackedSample, TokenPiece
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, RecordError, TextSegment
@@ -148,18 +150,16 @@ def test_a_hole_in_repeated_prefixes_moves_nothing_behind_it():
 
 def test_work_of_repeated_prefixes_is_counted_as_computed():
     """By hand: 7 + 1 + 1 positions in branches, two segments of 8 repeated; either way one image of 16 patches."""
-    flops, conftest = pytest.importorskip("unihetero_jax.flops"), pytest.importorskip("conftest")
     works = []
     for turns in TURNS:
         row = packing.assemble_row([drawn_samples()[1]], 24, 16, 1, PAD, turns)
-        works.append(flops.count_work(conftest.make_tiny_config(), packing.stack_rows([row])))
+        works.append(flops.count_work(make_tiny_config(), packing.stack_rows([row])))
     prefix = 6 * 7 // 2
     assert works[0] == flops.Work(10, 2, 16, prefix + 2 * (6 * 2 + 3), 256)
     assert works[1] == flops.Work(16, 2, 16, 2 * (8 * 9 // 2), 256)
 
 
 def test_fields_are_those_of_the_batch():
-    arrays = pytest.importorskip("unihetero_jax.arrays")
     row = packing.assemble_row(drawn_samples(), 24, 40, 1, PAD)
     assert set(row) == set(arrays.Batch.__dataclass_fields__)
     stacked = packing.stack_rows([row, row, row])

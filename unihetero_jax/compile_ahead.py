@@ -40,7 +40,7 @@ from unihetero_jax.flops import model_flops, padded_work, parameter_counts
 from unihetero_jax.model import unihetero
 from unihetero_jax.model.attention import choose_backend
 from unihetero_jax.roofline import expected_traffic, make_roofline, memory_estimate, network_seconds
-from unihetero_jax.sharding import batch_sharding, make_mesh
+from unihetero_jax.sharding import batch_sharding, bytes_per_device, make_mesh
 from unihetero_jax.step import abstract_state, compile_train_step
 from unihetero_jax.topology import CHIPS, GIB, Topology, check_mesh, parse_topology
 
@@ -176,12 +176,6 @@ def abstract_batch(config: Config, mesh: Mesh) -> Batch:
         patch_segment_ids=array(jnp.int32, patches), patch_coords=pair, patch_grid=pair,
         row_hash=array(jnp.uint32, 2),
     )  # fmt: skip
-
-
-def bytes_per_device(tree: Any) -> int:
-    """Of arrays given by shape, dtype and sharding."""
-    sizes = (np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    return int(sum(sizes))
 
 
 @dataclasses.dataclass(frozen=True)

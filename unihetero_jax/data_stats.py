@@ -13,6 +13,7 @@ from unihetero_jax.data.records import FLAG_TOO_LONG
 from unihetero_jax.data.row_plan import plan_rows
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.storage import read_bytes, to_path
+from unihetero_jax.text_table import align
 
 SAMPLED_WINDOWS = 4
 """Windows of the mixture whose rows are planned to find a good `data.row_patches`."""
@@ -161,10 +162,5 @@ def format_row_sizes(sizes: Sequence[RowSize], proposed: int, config: Config) ->
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
-    lines = [
-        "  ".join(str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
-                  for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in (header, *rows)
-    ]  # fmt: skip
+    lines = align([header, *([str(cell) for cell in row] for row in rows)], numbers=True)
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

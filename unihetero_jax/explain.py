@@ -17,8 +17,9 @@ from unihetero_jax.command_line import parse_config_flags
 from unihetero_jax.config import MERGED_PATCHES, Config
 from unihetero_jax.model import unihetero
 from unihetero_jax.model.attention import choose_backend
-from unihetero_jax.sharding import MESH_AXES, partition_spec
+from unihetero_jax.sharding import MESH_AXES, bytes_per_device, partition_spec
 from unihetero_jax.step import abstract_state
+from unihetero_jax.text_table import align
 from unihetero_jax.topology import Topology, check_mesh, parse_topology
 
 LARGE_BYTES = 16 * 2**20
@@ -144,7 +145,7 @@ def format_entries(config: Config, topology: Topology) -> str:
     for name, tree in totals.items():
         leaves = jax.tree.leaves(tree)
         whole = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-        here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+        here = bytes_per_device(tree)
         lines.append(f"{name:<16}{whole / MIB:14,.1f} MiB in all {here / MIB:12,.2f} MiB a device")
     rows = config.train.global_batch_rows // config.train.accumulation_steps
     lines += ["", *_table(f"activations of {rows} rows", activations), ""]
@@ -160,5 +161,4 @@ def _table(title: str, entries: Sequence[Entry]) -> list[str]:
         shape = " x ".join(map(str, entry.shape))
         size = f"{entry.bytes_per_device / MIB:,.2f}" + (" REPLICATED" if entry.flag else "")
         rows.append((entry.name, " ".join(entry.axes), entry.spec, shape, entry.dtype, size))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return align(rows)

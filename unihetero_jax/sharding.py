@@ -7,6 +7,7 @@ decides what they mean on a mesh.
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -114,6 +115,11 @@ def shardings_for(logical_axes: Any, mesh: Mesh, replicates: bool = False) -> An
         return NamedSharding(mesh, PartitionSpec("data") if replicates else partition_spec(axes))
 
     return jax.tree.map(sharding, logical_axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of arrays given by shape, dtype and sharding."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def batch_sharding(mesh: Mesh, replicates: bool = False) -> NamedSharding:

@@ -21,6 +21,7 @@ from unihetero_jax.checkpoint import (
 from unihetero_jax.config import differences
 from unihetero_jax.integrity import MANIFEST, read_manifest, verify
 from unihetero_jax.storage import file_exists, list_folder, read_bytes
+from unihetero_jax.text_table import align
 from unihetero_jax.workdir import RunLock
 
 
@@ -227,17 +228,12 @@ def format_steps(steps: Iterable[StoredStep]) -> str:
         )
         for s in steps
     ]
-    return _aligned(rows)
+    return "\n".join(align(rows))
 
 
 def format_differences(groups: Iterable[GroupDifference], config: Sequence[str]) -> str:
     """The table of `checkpoints diff`."""
     rows = [("group", "arrays", "equal", "largest", "relative")]
     rows += [(g.group, str(g.num_arrays), str(g.num_equal), f"{g.largest:.3g}", f"{g.relative:.3g}") for g in groups]
-    lines = [_aligned(rows), *(f"config {line}" for line in config)]
+    lines = [*align(rows), *(f"config {line}" for line in config)]
     return "\n".join(lines if config else [*lines, "the configurations are equal"])
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

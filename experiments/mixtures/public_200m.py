@@ -28,6 +28,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from unihetero_jax.text_table import align
+
 PASS_SAMPLES = 200_000_000
 """Draws of one pass; weights are shares of it."""
 SCALES = ("1", "10", "1000")
@@ -651,9 +653,7 @@ def _table(costs: Sequence[Cost], scale: str) -> list[str]:
         )
         for source, cost in zip(SOURCES, costs, strict=True)
     ]
-    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in
-            (heads, *rows)]  # fmt: skip
+    return align([heads, *rows])
 
 
 def _totals(sum_of: Cost, row_tokens: int, batch_rows: int) -> list[str]:

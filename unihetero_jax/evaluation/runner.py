@@ -29,6 +29,7 @@ from unihetero_jax.evaluation.scoring import (
     yes_no_metrics,
 )
 from unihetero_jax.storage import to_path
+from unihetero_jax.text_table import align
 from unihetero_jax.workdir import write_atomically
 
 RESULT_VERSION = 1
@@ -196,16 +197,11 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             [category, str(summary["num_items"]), *(f"{summary[key]:.3f}" for _, key in columns)]
             for category, summary in summaries.items()
         ]
-        widths = [max(len(row[i]) for row in [header, *body]) for i in range(len(header))]
-        lines = [_aligned(row, widths) for row in [header, *body]]
+        lines = align([header, *body], numbers=True)
         rule = "-" * len(lines[0])
         title = f"{name}  (step {result['step']}; {result['scorer']})"
         blocks.append("\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1], *_notes(result)]))
     return "\n\n".join(blocks)
-
-
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
