@@ -19,6 +19,7 @@ LAYERS: list[set[str]] = [
     {"arrays", "config", "storage", "hlo", "text_table"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
+        "data.open_questions",
         "data.row_plan", "command_line", "workdir", "distributed", "topology",
     },
     {

@@ -1,4 +1,4 @@
-"""The commands: train, evaluate, generate, data-stats, checkpoints, compile, explain."""
+"""The commands: train, evaluate, score, generate, data-stats, checkpoints, compile, explain."""
 
 import argparse
 import dataclasses
@@ -25,6 +25,7 @@ from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import RecordError, format_prompt, probe_image
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
+from unihetero_jax.evaluation import official
 from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import check_candidates, rollout_retrieval
 from unihetero_jax.evaluation.runner import LogProbs, evaluate, format_table, select_benchmarks, write_json
@@ -91,7 +92,7 @@ def _exit_code(error: Exception) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unihetero_jax", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(
-        required=True, metavar="train|evaluate|generate|data-stats|checkpoints|compile|explain"
+        required=True, metavar="train|evaluate|score|generate|data-stats|checkpoints|compile|explain"
     )
 
     trains = commands.add_parser("train", allow_abbrev=False, help="train, or go on training, the run in a workdir")
@@ -110,6 +111,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluates.add_argument("--without-image", action="store_true", help="also score with the image left out")
     evaluates.add_argument("--rollout", action="store_true", help="also draw from captions of eval.rollout_source")
     evaluates.set_defaults(command=_evaluate)
+
+    scores = commands.add_parser("score", allow_abbrev=False, help="score anybody's predictions by the public rules")
+    scores.add_argument("--benchmark", required=True, choices=tuple(official.BENCHMARKS), metavar="NAME",
+                        help=", ".join(official.BENCHMARKS))  # fmt: skip
+    scores.add_argument("--questions", default="", help="the benchmark's own file, with the right answers")
+    scores.add_argument("--predictions", required=True, help=".tsv or .xlsx of VLMEvalKit, .json or .jsonl")
+    scores.add_argument("--rule", default="", help="whose: " + "; ".join(
+        f"{name}: {', '.join(scorer.rules)}" for name, scorer in official.BENCHMARKS.items()))  # fmt: skip
+    scores.add_argument("--output", default="", help="a JSON file for the figures and every item")
+    scores.set_defaults(command=_score)
 
     generates = commands.add_parser("generate", allow_abbrev=False, help="continue a prompt, with or without an image")
     generates.add_argument("--image", default="", help="an image file")
@@ -181,6 +192,15 @@ def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
                 "--rollout: the run draws no images; it needs an objective with a visual loss and eval.rollout_source"
             )
         _roll_out(run, to_path(flags.workdir) / "eval")
+
+
+def _score(flags: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError(f"{overrides[0]}: score takes no --config fields")
+    result = official.score_predictions(flags.benchmark, flags.questions, flags.predictions, flags.rule)
+    print(official.format_score(result))
+    if flags.output:
+        write_json(to_path(flags.output), result)
 
 
 def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:

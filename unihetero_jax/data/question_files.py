@@ -24,6 +24,7 @@ from typing import Any
 from unihetero_jax.data.records import RecordError
 
 OPTION_LETTERS = "ABCDEFGH"
+YES_NO = ("yes", "no")
 CIRCULAR_STEP = 1_000_000
 """MMBench CircularEval: row `index + k * 1,000,000` holds item `index` with its options rotated by k."""
 MAX_REFERENCE_CHARS = 64
@@ -62,6 +63,8 @@ class Question:
         options: answer texts in file order; empty for a question that states none.
         answer: position of the right option; None where the file states none, as those for submission do.
         category: question type that results are grouped by.
+        group: a second grouping (MMBench `l2-category`, SEED-Bench v2 `level`, v1 `question_type_id`); may be empty.
+        split: as the file states it; may be empty.
         pictures: in order.
         original_index: of the row that this one repeats with its options rotated; empty: it repeats none.
         is_video: about a video, which has no picture here.
@@ -75,6 +78,8 @@ class Question:
     options: tuple[str, ...] = ()
     answer: int | None = None
     category: str = ""
+    group: str = ""
+    split: str = ""
     pictures: tuple[Picture, ...] = ()
     original_index: str = ""
     is_video: bool = False
@@ -84,8 +89,8 @@ class Question:
 def read_questions(path: Path) -> Iterator[Question]:
     """Questions of a file, in its order; the format is told by suffix and content.
 
-    `.tsv`: MMBench. `.json` holding an object with `questions`: SEED-Bench v1. `.jsonl`, or `.json` with one object
-    per line: POPE.
+    `.tsv`: MMBench, or yes/no questions (MME) if it has no option columns. `.json` holding an object with `questions`:
+    SEED-Bench v1 or v2. `.jsonl`, or `.json` with one object per line: POPE.
 
     Raises:
         ValueError: the file is missing, no UTF-8, or of no known format.
@@ -146,18 +151,25 @@ def _text(value: Any, field: str, faults: Faults) -> str:
 
 def _read_mmbench(path: Path, text: str) -> Iterator[Question]:
     # Cells are read as strings, never by pandas: "None", "NA" and all-digit options are answers, not missing values.
-    rows = _tsv_rows(path, text)
+    rows = tsv_rows(path, text)
     columns = set(rows[0]) if rows else set()
-    missing = [name for name in ("index", "question", "A", "B", "answer") if name not in columns]
+    has_options = bool(columns & set(OPTION_LETTERS))
+    needed = ("index", "question", *(("A", "B") if has_options else ()), "answer")
+    missing = [name for name in needed if name not in columns]
     if missing:
         found = ", ".join(sorted(columns)) or "no rows"
         raise ValueError(f"{path}: missing column {', '.join(missing)}; found: {found}")
     cells = {row["index"]: row.get("image", "") for row in rows}
     for number, row in enumerate(rows, start=2):
-        yield _mmbench_question(f"row {number}", row, cells)
+        yield _mmbench_question(f"row {number}", row, cells, has_options)
 
 
-def _tsv_rows(path: Path, text: str) -> list[dict[str, str]]:
+def tsv_rows(path: Path, text: str) -> list[dict[str, str]]:
+    """Rows of a tab-separated table with csv quoting, by column.
+
+    Raises:
+        ValueError: the text is none, or a row has more or fewer cells than the header.
+    """
     previous_limit = csv.field_size_limit(max(len(text), 1))  # a cell may hold a whole picture
     try:
         reader = csv.reader(io.StringIO(text, newline=""), dialect="excel-tab", strict=True)
@@ -178,15 +190,16 @@ def _tsv_rows(path: Path, text: str) -> list[dict[str, str]]:
     return rows
 
 
-def _mmbench_question(place: str, row: Mapping[str, str], cells: Mapping[str, str]) -> Question:
+def _mmbench_question(place: str, row: Mapping[str, str], cells: Mapping[str, str], has_options: bool) -> Question:
     faults: Faults = []
     index = row["index"]
     if not index.isdecimal():
         faults.append(RecordError("bad_index", f"column index: expected a whole number, got {index!r}"))
-    options = _mmbench_options(row, faults)
-    answer = (
-        _letter(row["answer"].strip(), OPTION_LETTERS[: len(options)], "column answer", faults) if options else None
-    )
+    options, answer = YES_NO, None
+    if not has_options:
+        answer = _yes_no(row["answer"], "column answer", faults)
+    elif options := _mmbench_options(row, faults):
+        answer = _letter(row["answer"].strip(), OPTION_LETTERS[: len(options)], "column answer", faults)
     return Question(
         place,
         index=index,
@@ -195,15 +208,26 @@ def _mmbench_question(place: str, row: Mapping[str, str], cells: Mapping[str, st
         options=options,
         answer=answer,
         category=row.get("category") or row.get("l2-category") or "all",
-        pictures=_mmbench_pictures(row, cells, faults),
-        original_index=_original_index(index),
+        group=row.get("l2-category", ""),
+        split=row.get("split", ""),
+        pictures=row_pictures(row, cells, faults),
+        original_index=_original_index(index, row.get("g_index", "")),
         fault=_first(faults),
     )
 
 
-def _original_index(index: str) -> str:
+def _original_index(index: str, group_index: str) -> str:
+    if group_index:  # VLMEvalKit's own column, which files of larger indices have
+        return "" if group_index == index else group_index
     is_rotation = index.isdecimal() and int(index) >= CIRCULAR_STEP
     return str(int(index) % CIRCULAR_STEP) if is_rotation else ""
+
+
+def _yes_no(value: Any, field: str, faults: Faults) -> int | None:
+    text = str(value or "").strip().lower()
+    if text and text not in YES_NO:
+        faults.append(RecordError("bad_answer", f"{field}: expected yes or no, got {value!r}"))
+    return YES_NO.index(text) if text in YES_NO else None
 
 
 def _mmbench_options(row: Mapping[str, str], faults: Faults) -> tuple[str, ...]:
@@ -226,7 +250,8 @@ def _letter(letter: str, letters: str, field: str, faults: Faults) -> int | None
     return None
 
 
-def _mmbench_pictures(row: Mapping[str, str], cells: Mapping[str, str], faults: Faults) -> tuple[Picture, ...]:
+def row_pictures(row: Mapping[str, str], cells: Mapping[str, str], faults: Faults) -> tuple[Picture, ...]:
+    """Where the pictures of a table's row are; `cells` are the `image` cells of all rows by index."""
     cell, name = row.get("image", "").strip(), row.get("image_path", "").strip()
     if cell.startswith("["):
         return tuple(Picture("column image", cell=item) for item in _listed(cell, "image", faults))
@@ -275,8 +300,10 @@ def _read_seed_bench(path: Path, document: Mapping[str, Any]) -> Iterator[Questi
 def _seed_question(place: str, row: Mapping[str, Any], names: Mapping[str, str]) -> Question:
     faults: Faults = []
     kind = _field(row, "question_type_id", faults)
-    is_video = row.get("data_type", "image") == "video"
-    is_video |= isinstance(kind, int) and FIRST_VIDEO_TYPE <= kind <= LAST_VIDEO_TYPE
+    data_type = str(row.get("data_type", "image"))
+    is_video = "video" in data_type.lower()
+    if "level" not in row:  # version 2 numbers its types anew
+        is_video |= isinstance(kind, int) and FIRST_VIDEO_TYPE <= kind <= LAST_VIDEO_TYPE
     data_id = _field(row, "data_id", faults)
     answer = _letter(str(row.get("answer") or ""), "ABCD", "field answer", faults)
     options = tuple(_text(_field(row, f"choice_{name}", faults), f"choice_{name}", faults) for name in "abcd")
@@ -288,6 +315,7 @@ def _seed_question(place: str, row: Mapping[str, Any], names: Mapping[str, str])
         options=options,
         answer=answer,
         category=names.get(str(kind), f"type {kind}"),
+        group=str(row.get("level", kind)),
         pictures=tuple(Picture("field data_id", name=str(name)) for name in data_ids) if not is_video else (),
         is_video=is_video,
         fault=_first(faults),
@@ -322,17 +350,14 @@ def _read_pope(text: str) -> Iterator[Question]:
 
 def _pope_question(place: str, row: Mapping[str, Any]) -> Question:
     faults: Faults = []
-    options = ("yes", "no")
-    label = str(row.get("label") or "").strip().lower()
-    if label and label not in options:
-        faults.append(RecordError("bad_answer", f"field label: expected yes or no, got {row['label']!r}"))
+    answer = _yes_no(row.get("label"), "field label", faults)
     name = str(_field(row, "image", faults))
     return Question(
         place,
         index=str(_field(row, "question_id", faults)),
         question=_text(_field(row, "text", faults), "text", faults),
-        options=options,
-        answer=options.index(label) if label in options else None,
+        options=YES_NO,
+        answer=answer,
         category=str(row.get("category") or "yes_no"),
         pictures=(Picture("field image", name=name),),
         fault=_first(faults),

@@ -1,0 +1,116 @@
+"""Questions that are answered in words: files of VQAv2, VQA-CP, OK-VQA, TextVQA and GQA, and VLMEvalKit's tables."""
+
+import ast
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unihetero_jax.data.question_files import Picture, row_pictures, tsv_rows
+from unihetero_jax.data.records import RecordError
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenQuestion:
+    """One question.
+
+    Attributes:
+        place: entry or row in the file.
+        index: the file's own identifier.
+        question: its text; empty in a file of annotations alone.
+        answers: those of the people asked (ten in VQAv2); one where the file states a single truth.
+        category: what results are grouped by: VQA's `answer_type`, GQA's structural type, a table's `category`.
+        picture: where the image is; None where the file does not say.
+    """
+
+    place: str
+    index: str
+    question: str
+    answers: tuple[str, ...]
+    category: str
+    picture: Picture | None
+
+
+def read_open_questions(path: str | Path) -> list[OpenQuestion]:
+    """Open questions with their answers.
+
+    `.json` holding an object with `annotations` (VQAv2, OK-VQA; `questions` beside them, in the same file or in the one
+    given next, are optional), an object with `data` (TextVQA), a list (VQA-CP), or an object of objects (GQA); `.jsonl`
+    with one such entry per line; `.tsv` with `index`, `question`, `answer`, where the answer may be a list.
+
+    Raises:
+        ValueError: the file is missing, of no known format, empty, an entry is faulty or repeated; names file, entry
+            and field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file of questions")
+    text = path.read_text("utf-8-sig")
+    entries = list(_table_entries(path, text) if path.suffix.lower() == ".tsv" else _json_entries(path, text))
+    questions = [_question(f"{path}: {place}", entry) for place, entry in entries]
+    repeated = [index for index, count in Counter(q.index for q in questions).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{path}: question identifiers must be unique, repeated: {', '.join(repeated[:5])}")
+    if not questions:
+        raise ValueError(f"{path}: no questions in it")
+    return questions
+
+
+def _table_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    rows = tsv_rows(path, text)
+    cells = {row.get("index", ""): row.get("image", "") for row in rows}
+    for number, row in enumerate(rows, start=2):
+        faults: list[RecordError] = []
+        pictures = row_pictures(row, cells, faults)
+        answer = row.get("answer", "")
+        answers = _listed(answer) if answer.startswith("[") else [answer]
+        yield f"row {number}", row | {"answers": answers, "picture": pictures[0] if pictures else None}
+
+
+def _listed(cell: str) -> list[Any]:
+    """A list written as Python has it; anything else is one answer."""
+    try:
+        answers = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return [cell]
+    return answers if isinstance(answers, list) else [cell]
+
+
+def _json_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        if path.suffix.lower() == ".jsonl":
+            document = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            document = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if isinstance(document, dict) and isinstance(document.get("annotations"), list):
+        texts = {str(q["question_id"]): q for q in document.get("questions", [])}
+        entries = [texts.get(str(a.get("question_id")), {}) | a for a in document["annotations"]]
+    elif isinstance(document, dict) and isinstance(document.get("data"), list):
+        entries = document["data"]
+    elif isinstance(document, dict):
+        entries = [{"question_id": index} | (e if isinstance(e, dict) else {}) for index, e in document.items()]
+    else:
+        entries = document
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: entry {number}: expected an object, got {entry!r:.80}")
+        yield f"entry {number}", entry
+
+
+def _question(place: str, entry: Mapping[str, Any]) -> OpenQuestion:
+    index = next((entry[name] for name in ("question_id", "index", "questionId") if name in entry), None)
+    if index is None:
+        raise ValueError(f"{place}: no question_id; found: {', '.join(entry)}")
+    given = entry.get("answers") or ([entry["answer"]] if entry.get("answer") else [])
+    answers = tuple(str(a["answer"] if isinstance(a, dict) and "answer" in a else a) for a in given)
+    if not answers:
+        raise ValueError(f"{place}: no answers (fields answers or answer); a test file cannot be scored")
+    types = entry.get("types")
+    category = types.get("structural") if isinstance(types, dict) else entry.get("answer_type", entry.get("category"))
+    image = next((entry[name] for name in ("imageId", "image_id", "image") if name in entry), None)
+    picture = entry.get("picture") or (Picture("field image", name=str(image)) if image is not None else None)
+    return OpenQuestion(place, str(index), str(entry.get("question", "")), answers, str(category or "all"), picture)

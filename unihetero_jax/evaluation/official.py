@@ -1,0 +1,415 @@
+"""Scores of anybody's predictions by the rules of the public scorers, item by item; no model takes part.
+
+Every question counts: one without a prediction is a miss and is reported, as is a prediction for no question. Nothing
+is guessed. See `extraction` for how an answer in words becomes an option, `vqa` for open answers.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unihetero_jax.data.open_questions import read_open_questions
+from unihetero_jax.data.question_files import Question, read_questions
+from unihetero_jax.evaluation import extraction
+from unihetero_jax.evaluation.circular import group_rotations
+from unihetero_jax.evaluation.predictions import Prediction, by_index, read_predictions
+from unihetero_jax.evaluation.vqa import exact_match, vqa_accuracy
+from unihetero_jax.text_table import align
+
+NUM_NAMED = 5
+"""Items named in a message or a result; all are counted."""
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+"""MME's categories (arXiv 2306.13394)."""
+
+YES_NO_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+
+MATCHING: Mapping[str, str] = {
+    "vlmevalkit": "VLMEvalKit exact matching (no judge model)",
+    "lmms-eval": "lmms-eval static matching (no judge model)",
+    "first-character": "the first character of the answer is the letter (SEED-Bench leaderboard, lmms-eval)",
+    "pope": "POPE evaluate.py: a no, No or not in the first sentence is no, all else is yes",
+    "mme": "MME evaluation tool: yes or no within the first four characters",
+    "smallest-loss": "the option of smallest loss, the first of equal ones (SEED-Bench EVALUATION.md)",
+    "evalai": "VQA accuracy, leave one out, after EvalAI's normalisation",
+    "vqa": "VQA accuracy, leave one out, after the normalisation of VQA's own evaluation code",
+    "exact": "equal but for case, punctuation and blanks",
+}
+"""What each rule does, in words; with what `rule` in a result begins."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """One item: its score (0 or 1, for open answers in between) and whether its prediction held an answer."""
+
+    index: str
+    category: str
+    group: str
+    score: float
+    is_parsed: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is to be scored: the paths for messages, the predictions by item, the rule's name."""
+
+    questions: str
+    source: str
+    predictions: Mapping[str, Prediction]
+    rule: str
+
+
+def format_score(result: Mapping[str, Any]) -> str:
+    """The figures of `score_predictions` as text."""
+    is_points = result["benchmark"] == "mme"
+    shown = (lambda value: f"{value:.1f}") if is_points else (lambda value: f"{value:.4f}")
+    rows = [("", "score")]
+    rows += [(name, shown(value)) for key in ("by_group", "by_category") for name, value in result[key].items()]
+    rows.append(("overall", shown(result["overall"])))
+    rows += [(key, shown(result[key])) for key in YES_NO_FIGURES if key in result]
+    lines = [f"{result['benchmark']}: {result['rule']}", *align(rows, numbers=True)]
+    lines.append(f"{result['num_items']} items, {result['num_unparsed']} without an answer that could be read")
+    for key, words in (("unanswered", "without a prediction, counted as misses"),
+                       ("unknown_predictions", "predictions for no question, not scored"),
+                       ("repeated", "identifiers that come several times, every line counted")):  # fmt: skip
+        if count := result.get(f"num_{key}", 0):
+            lines.append(f"{count} {words}: {_named(result[key], count)}")
+    if result.get("missing_categories"):
+        lines.append(f"categories of MME that are not there: {', '.join(result['missing_categories'])}")
+    return "\n".join(lines)
+
+
+def score_predictions(benchmark: str, questions: str, predictions: str, rule: str = "") -> dict[str, Any]:
+    """Scores a file of predictions.
+
+    Args:
+        benchmark: one of `BENCHMARKS`.
+        questions: the benchmark's own file. For SEED-Bench it may be left empty where the predictions state the right
+            answers (`gt_answer`), as published ones do; every line then counts, repeated ones too.
+        predictions: see `read_predictions`.
+        rule: one of those of the benchmark; empty: its first.
+
+    Returns:
+        overall: the main figure, a share in [0, 1] (`mme`: points, 2,800 at most).
+        num_items, num_unparsed: items scored, and those of them in whose prediction (circular: in one of whose) the
+            rule found no answer.
+        by_category, by_group: the figure for each question type, and for each group of types where the file has them.
+        items: 0 or 1 by item (open answers: in between, too).
+        rule: what was done, in words.
+        num_unanswered, unanswered, num_unknown_predictions, unknown_predictions: what did not match, counted in full,
+            named up to `NUM_NAMED`.
+        And figures that belong to the benchmark.
+
+    Raises:
+        ValueError: a file is faulty or of another benchmark, or nothing in it matches.
+    """
+    if benchmark not in BENCHMARKS:
+        raise ValueError(f"--benchmark {benchmark}: unknown; there are {', '.join(BENCHMARKS)}")
+    scorer = BENCHMARKS[benchmark]
+    rule = rule or scorer.rules[0]
+    if rule not in scorer.rules:
+        raise ValueError(f"--rule {rule}: for {benchmark} there are {', '.join(scorer.rules)}")
+    found = read_predictions(predictions, scorer.answer_fields)
+    if benchmark == "seedbench" and (not questions or questions == predictions):
+        return {"benchmark": benchmark} | _score_stated(predictions, found)
+    if not questions:
+        raise ValueError(f"--questions: {benchmark} needs the benchmark's own file")
+    task = Task(questions, predictions, by_index(predictions, found), rule)
+    return {"benchmark": benchmark} | scorer.score(task)
+
+
+# ---------------------------------------------------------------- multiple choice
+
+
+def _score_circular(task: Task) -> dict[str, Any]:
+    """An item is right if it is in all rotations of its options."""
+    questions = _closed_questions(task)
+    groups = group_rotations(task.questions, questions)
+    chosen = _choose_options(task, questions)
+    scored = []
+    for base, rows in groups.items():
+        is_right = all(chosen[row.index] == row.answer for row in rows)
+        is_parsed = all(chosen[row.index] is not None for row in rows)
+        scored.append(Scored(base, rows[0].category, rows[0].group, int(is_right), is_parsed))
+    result = _summary(task, scored, questions, "; an item is right if it is in all rotations of its options")
+    unparsed = sum(choice is None for choice in chosen.values())
+    return result | {"num_rows": len(questions), "num_unparsed_rows": unparsed}
+
+
+def _score_single(task: Task) -> dict[str, Any]:
+    """Every question once, with its options as given; rows that repeat one with rotated options are left out."""
+    everything = _closed_questions(task)
+    questions = [question for question in everything if not question.original_index]
+    chosen = _choose_options(task, questions)
+    result = _summary(task, _scored(questions, chosen), everything, "; every question once, its options as given")
+    return result | {"num_rotated_rows_left_out": len(everything) - len(questions)}
+
+
+def _score_losses(task: Task) -> dict[str, Any]:
+    """SEED-Bench's own protocol: the harness gives a loss for each option."""
+    questions = _closed_questions(task)
+    chosen = {}
+    for question in questions:
+        prediction = task.predictions.get(question.index)
+        losses = prediction.answer if prediction else None
+        is_complete = isinstance(losses, list) and len(losses) == len(question.options)
+        if losses is not None and not is_complete:
+            raise ValueError(
+                f"{task.source}: item {question.index}: {len(question.options)} losses were expected, "
+                f"got {losses!r:.80}"
+            )
+        is_usable = isinstance(losses, list) and all(map(math.isfinite, losses))
+        chosen[question.index] = min(range(len(losses)), key=losses.__getitem__) if is_usable else None
+    return _summary(task, _scored(questions, chosen), questions)
+
+
+def _score_stated(source: str, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Letters beside each of which the right one stands."""
+    untold = [prediction.index for prediction in predictions if not prediction.truth]
+    if untold:
+        raise ValueError(
+            f"{source}: {len(untold)} predictions without gt_answer ({_named(untold)}); "
+            "give the benchmark's file by --questions"
+        )
+    letters = [str(prediction.answer).strip()[:1].upper() for prediction in predictions]
+    numbers: Counter[str] = Counter()
+    items = {}
+    for prediction, letter in zip(predictions, letters, strict=True):
+        numbers[prediction.index] += 1
+        repeat = f"#{numbers[prediction.index]}" if numbers[prediction.index] > 1 else ""
+        items[prediction.index + repeat] = int(letter == prediction.truth.upper())
+    repeated = [index for index, count in numbers.items() if count > 1]
+    return {
+        "overall": sum(items.values()) / len(items), "num_items": len(items),
+        "num_unparsed": sum(letter not in tuple("ABCD") for letter in letters),
+        "by_category": {}, "by_group": {}, "items": items,
+        "rule": f"{MATCHING['first-character']}; right answers as the predictions state them, every line counts",
+        "num_repeated": len(repeated), "repeated": repeated[:NUM_NAMED],
+    }  # fmt: skip
+
+
+def _choose_options(task: Task, questions: Sequence[Question]) -> dict[str, int | None]:
+    """The option that each prediction means, by the task's rule."""
+    choose = extraction.first_character if task.rule == "first-character" else extraction.OPTION_RULES[task.rule]
+    return {q.index: choose(_text(task, q.index), q.options) for q in questions}
+
+
+def _scored(questions: Sequence[Question], chosen: Mapping[str, int | None]) -> list[Scored]:
+    return [
+        Scored(q.index, q.category, q.group, int(chosen[q.index] == q.answer), chosen[q.index] is not None)
+        for q in questions
+    ]
+
+
+# ---------------------------------------------------------------- yes or no
+
+
+YES_NO_RULES: Mapping[str, extraction.YesNoRule] = {
+    "pope": extraction.pope_answer,
+    "vlmevalkit": extraction.vlmevalkit_yes_no,
+    "lmms-eval": extraction.lmms_eval_yes_no,
+    "mme": extraction.mme_answer,
+}
+
+
+def _score_pope(task: Task) -> dict[str, Any]:
+    """POPE: accuracy, and precision, recall and F1 of the answer yes."""
+    questions = _closed_questions(task)
+    chosen = _choose_yes_no(task, questions)
+    answers = [q.options[c] if (c := chosen[q.index]) is not None else "" for q in questions]
+    truth = [q.options[q.answer] for q in questions if q.answer is not None]
+    result = _summary(task, _scored(questions, chosen), questions)
+    return result | yes_no_figures(truth, answers, unparsed_is_no=task.rule != "lmms-eval")
+
+
+def yes_no_figures(truth: Sequence[str], answers: Sequence[str], unparsed_is_no: bool = True) -> dict[str, float]:
+    """POPE's figures with "yes" as the positive class; a ratio without a denominator is 0.
+
+    Args:
+        truth: "yes" or "no" for each item.
+        answers: "yes", "no", or anything else for neither.
+        unparsed_is_no: an answer that is neither counts as a missed yes in the recall (not so in lmms-eval).
+    """
+    pairs = Counter(zip(truth, answers, strict=True))
+    true_positive, false_positive = pairs["yes", "yes"], pairs["no", "yes"]
+    num_yes = sum(t == "yes" for t in truth) if unparsed_is_no else true_positive + pairs["yes", "no"]
+    precision = true_positive / (true_positive + false_positive) if true_positive + false_positive else 0.0
+    recall = true_positive / num_yes if num_yes else 0.0
+    return {
+        "accuracy": (pairs["yes", "yes"] + pairs["no", "no"]) / len(truth),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "yes_ratio": (true_positive + false_positive) / len(truth),
+        "yes_ratio_of_labels": sum(t == "yes" for t in truth) / len(truth),
+    }
+
+
+def _score_mme(task: Task) -> dict[str, Any]:
+    """MME: for each category 100 x (accuracy + share of pictures with both questions right), and their sums."""
+    questions = _closed_questions(task)
+    chosen = _choose_yes_no(task, questions)
+    pictures: dict[tuple[str, str], list[int]] = {}
+    for question in questions:
+        if not question.pictures:
+            raise ValueError(
+                f"{task.questions}: {question.place}: no image and no image_path, which tells what questions belong "
+                "together"
+            )
+        picture = question.pictures[0]
+        key = (question.category, picture.name or picture.cell)
+        pictures.setdefault(key, []).append(int(chosen[question.index] == question.answer))
+    odd = [name[:40] for (_, name), hits in pictures.items() if len(hits) != 2]
+    if odd:
+        raise ValueError(f"{task.questions}: MME has two questions on each picture; not so for {_named(odd)}")
+    points = {}
+    for category in dict.fromkeys(question.category for question in questions):
+        hits = [pair for (of, _), pair in pictures.items() if of == category]
+        points[category] = 100 * (sum(map(sum, hits)) / (2 * len(hits)) + sum(map(all, hits)) / len(hits))
+    groups = {
+        name: sum(points.get(category, 0.0) for category in categories)
+        for name, categories in (("perception", PERCEPTION), ("cognition", COGNITION))
+    }
+    result = _summary(task, _scored(questions, chosen), questions, "; points: accuracy and accuracy of both, x 100")
+    return result | {
+        "overall": sum(points.values()), "accuracy": result["overall"], "by_category": points, "by_group": groups,
+        "missing_categories": [name for name in (*PERCEPTION, *COGNITION) if name not in points],
+    }  # fmt: skip
+
+
+def _choose_yes_no(task: Task, questions: Sequence[Question]) -> dict[str, int | None]:
+    choose = YES_NO_RULES[task.rule]
+    chosen = {}
+    for question in questions:
+        if question.options not in (("yes", "no"), ("no", "yes")):
+            raise ValueError(
+                f"{task.questions}: {question.place}: a yes/no question was expected, "
+                f"its options are {question.options}"
+            )
+        answer = choose(_text(task, question.index))
+        chosen[question.index] = None if answer is None else question.options.index(answer)
+    return chosen
+
+
+# ---------------------------------------------------------------- open answers
+
+
+def _score_open(task: Task) -> dict[str, Any]:
+    """VQAv2, VQA-CP, OK-VQA, TextVQA (accuracy against ten people), GQA (exact match)."""
+    questions = read_open_questions(task.questions)
+    scored = []
+    for question in questions:
+        text = _text(task, question.index)
+        if task.rule == "exact":
+            score = exact_match(text, question.answers[0])
+        else:
+            if len(question.answers) < 2:
+                raise ValueError(
+                    f"{task.questions}: {question.place}: one answer; the leave-one-out accuracy needs those of "
+                    "several people (--benchmark=gqa compares with one)"
+                )
+            score = vqa_accuracy(text, question.answers, task.rule)  # pyright: ignore[reportArgumentType]
+        scored.append(Scored(question.index, question.category, "", score if text.strip() else 0.0, bool(text.strip())))
+    return _summary(task, scored, questions)
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _closed_questions(task: Task) -> list[Question]:
+    """The questions with options and a right answer; videos are included, as nobody looks at the pictures here.
+
+    Raises:
+        ValueError: a row is faulty (but for its picture), has no answer or no options, or an index is repeated.
+    """
+    questions = list(read_questions(Path(task.questions)))
+    for question in questions:
+        place = f"{task.questions}: {question.place}"
+        if question.fault and question.fault.reason != "missing_image":
+            raise ValueError(f"{place}: {question.fault}") from question.fault
+        if question.answer is None:
+            raise ValueError(f"{place}: no right answer; a TEST file cannot be scored here")
+    repeated = [index for index, count in Counter(q.index for q in questions).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{task.questions}: question identifiers must be unique, repeated: {_named(repeated)}")
+    if not questions:
+        raise ValueError(f"{task.questions}: no questions in it")
+    return questions
+
+
+def _text(task: Task, index: str) -> str:
+    """What was predicted for an item, as text; empty for an item without a prediction."""
+    prediction = task.predictions.get(index)
+    if prediction is None:
+        return ""
+    if isinstance(prediction.answer, list):
+        raise ValueError(
+            f"{task.source}: item {index}: losses instead of an answer; they are scored by seedbench-likelihood"
+        )
+    return prediction.answer
+
+
+def _summary(task: Task, scored: Sequence[Scored], asked: Sequence[Any], words: str = "") -> dict[str, Any]:
+    """Means over all items, by category and by group, and what did not match; `asked` has a row for each prediction."""
+    known = {question.index for question in asked}
+    unanswered = [question.index for question in asked if question.index not in task.predictions]
+    unknown = [index for index in task.predictions if index not in known]
+    if len(unanswered) == len(asked):
+        raise ValueError(
+            f"{task.source}: no prediction is for a question of {task.questions} (it has items {_named(unknown)}, "
+            f"asked are {_named(unanswered)})"
+        )
+    return {
+        "overall": _mean(scored),
+        "num_items": len(scored),
+        "num_unparsed": sum(not item.is_parsed for item in scored),
+        "by_category": _means(scored, lambda item: item.category),
+        "by_group": _means([item for item in scored if item.group], lambda item: item.group),
+        "items": {item.index: item.score for item in scored},
+        "rule": MATCHING[task.rule] + words,
+        "num_unanswered": len(unanswered), "unanswered": unanswered[:NUM_NAMED],
+        "num_unknown_predictions": len(unknown), "unknown_predictions": unknown[:NUM_NAMED],
+    }  # fmt: skip
+
+
+def _mean(scored: Sequence[Scored]) -> float:
+    return math.fsum(item.score for item in scored) / len(scored)
+
+
+def _means(scored: Sequence[Scored], key: Callable[[Scored], str]) -> dict[str, float]:
+    groups: dict[str, list[Scored]] = {}
+    for item in scored:
+        groups.setdefault(key(item), []).append(item)
+    return {name: _mean(items) for name, items in sorted(groups.items())}
+
+
+def _named(items: Sequence[str], count: int = 0) -> str:
+    left = max(count, len(items)) - NUM_NAMED
+    more = f" and {left} more" if left > 0 else ""
+    return ", ".join(items[:NUM_NAMED]) + more
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """How a benchmark is scored: its rules, the main one first, and where predictions in JSON may stand."""
+
+    score: Callable[[Task], dict[str, Any]]
+    rules: tuple[str, ...]
+    answer_fields: tuple[str, ...] = ()
+
+
+BENCHMARKS: Mapping[str, Scorer] = {
+    "mmbench": Scorer(_score_circular, ("vlmevalkit", "lmms-eval")),
+    "mmbench-vanilla": Scorer(_score_single, ("vlmevalkit", "lmms-eval")),
+    "seedbench": Scorer(_score_single, ("first-character", "vlmevalkit", "lmms-eval")),
+    "seedbench-likelihood": Scorer(_score_losses, ("smallest-loss",), ("losses",)),
+    "pope": Scorer(_score_pope, ("pope", "vlmevalkit", "lmms-eval"), ("answer", "text")),
+    "mme": Scorer(_score_mme, ("mme", "vlmevalkit")),
+    "vqa": Scorer(_score_open, ("evalai", "vqa", "vlmevalkit"), ("answer",)),
+    "gqa": Scorer(_score_open, ("exact",), ("answer",)),
+}
