@@ -120,6 +120,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "validation_rows": 0,  # every item
                 "rollout_source": "",
                 "rollout_candidates": 64,
+                "shard_items": 512,
             },
             "diagnostics": {
                 "within_spread_warn": 0.20,

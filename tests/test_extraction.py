@@ -111,8 +111,8 @@ def test_yes_or_no(answer, pope, vlmevalkit, lmms_eval, mme):
 def test_no_text_breaks_a_rule():
     """Ten thousand random answers of letters, marks, phrases and other alphabets: an option of the item, or None."""
     rng = random.Random(0)
-    pieces = ["A", "B", "E", "Z", "(", ")", ".", "**", ":", " ", "\n", "answer is", "cat", "frog", "答案是", "no", "yes",
-              "é", "\x00", "\U0001f600", "'", "1,000", "{}", "%s"]  # fmt: skip
+    pieces = ["A", "B", "E", "Z", "(", ")", ".", "**", ":", " ", "\n", "answer is", "cat", "frog", "答案是", "no",
+              "yes", "é", "\x00", "\U0001f600", "'", "1,000", "{}", "%s"]  # fmt: skip
     for _ in range(10_000):
         answer = "".join(rng.choices(pieces, k=rng.randrange(12)))
         options = tuple(rng.choices(["cat", "frog", "A", "", "no", "("], k=rng.randint(2, 6)))

@@ -25,7 +25,7 @@ from unihetero_jax.data.records import (
 from unihetero_jax.data.tokenizer import Tokenizer, train_tokenizer
 from unihetero_jax.evaluation.benchmarks import Item
 from unihetero_jax.evaluation.multiple_choice import score_items
-from unihetero_jax.evaluation.runner import evaluate, format_table, select_benchmarks
+from unihetero_jax.evaluation.runner import Model, evaluate, format_table, select_benchmarks
 from unihetero_jax.evaluation.scoring import hits
 
 COLORS = ("red", "blue", "dark green", "a rather light shade of yellow")
@@ -256,7 +256,7 @@ def test_evaluate_writes_what_its_figures_depend_on(tokenizer, tmp_path):
     config = make_config()
     results = evaluate(
         config,
-        oracle(items, tokenizer),
+        Model(oracle(items, tokenizer)),
         tokenizer,
         {"mine": path},
         step=7,
@@ -265,7 +265,8 @@ def test_evaluate_writes_what_its_figures_depend_on(tokenizer, tmp_path):
         without_image=True,
     )
     written = json.loads((tmp_path / "eval" / "mine-7.json").read_text())
-    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["mine-7.json"]
+    files = {path.name for path in (tmp_path / "eval").iterdir()}
+    assert files == {"mine-7.json", "mine-7.jsonl", "mine-7.predictions.tsv"}
     assert written == json.loads(json.dumps(results["mine"]))
     assert written["scorer"] == "likelihood, sum of log-probabilities of the option text"
     assert written["image_transform"] == {"patch_size": 8, "min_patches": 4, "max_patches": 36}
@@ -302,7 +303,7 @@ def test_evaluate_reads_every_file_before_scoring_any(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"no such benchmark file"):
         evaluate(
             make_config(),
-            never,
+            Model(never),
             tokenizer,
             {"a": path, "b": str(tmp_path / "b.tsv")},
             step=0,
@@ -310,9 +311,9 @@ def test_evaluate_reads_every_file_before_scoring_any(tokenizer, tmp_path):
             output_dir=None,
         )
     with pytest.raises(ValueError, match=r"no benchmark to evaluate"):
-        evaluate(make_config(), never, tokenizer, {}, step=0, config_hash="", output_dir=None)
+        evaluate(make_config(), Model(never), tokenizer, {}, step=0, config_hash="", output_dir=None)
     with pytest.raises(ValueError, match=r"it names the result file"):
-        evaluate(make_config(), never, tokenizer, {"a/b": path}, step=0, config_hash="", output_dir=None)
+        evaluate(make_config(), Model(never), tokenizer, {"a/b": path}, step=0, config_hash="", output_dir=None)
 
 
 def test_select_benchmarks():

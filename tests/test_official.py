@@ -150,6 +150,7 @@ def test_what_does_not_match_is_counted_and_said(tmp_path):
     text = format_score(result)
     assert "7 without a prediction, counted as misses: 2, 3, 4, 5, 6 and 2 more" in text
     assert "2 predictions for no question, not scored: 900, 901" in text
+    assert "columns of the questions that nothing here reads: strange" in text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unihetero_jax.evaluation.benchmarks import Item, read_benchmark
@@ -13,6 +14,7 @@ from unihetero_jax.evaluation.scoring import (
     OptionScores,
     blind_floor,
     blind_floor_held_out,
+    clustered_error,
     hits,
     summarize,
     summarize_by_category,
@@ -98,7 +100,16 @@ def test_blind_floors_on_balanced_and_on_predictable_answers():
 def test_yes_no_metrics():
     items = [item(i, answer, ("yes", "no")) for i, answer in enumerate([0, 0, 0, 1, 1])]
     metrics = yes_no_metrics(items, [0, 0, 1, 0, None])
-    assert metrics == {"accuracy": 0.4, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 0.6}
+    assert metrics == pytest.approx(
+        {
+            "accuracy": 0.4,
+            "precision": 2 / 3,
+            "recall": 2 / 3,
+            "f1": 2 / 3,
+            "yes_ratio": 0.6,
+            "yes_ratio_of_labels": 0.6,
+        }
+    )
     assert yes_no_metrics([item(0, 0)], [0]) is None
     assert yes_no_metrics(items[3:], [1, 1])["f1"] == 0.0
 
@@ -121,16 +132,24 @@ def test_likelihood_rule_gives_the_golden_seed_bench_figures():
     assert by_type == pytest.approx(expected["per_type_pct"], abs=1e-9)
 
 
-@needs_data
-def test_yes_no_metrics_give_the_golden_pope_figures():
-    """POPE's evaluate.py reads an answer as no when its first sentence has a no or not, and as yes otherwise."""
-    truth = read_benchmark(DATA / "nlvr_statements_DEVMINI.jsonl").items
-    lines = (DATA / "golden" / "DEVMINI_pope_pred.jsonl").read_text().splitlines()
-    answers = [json.loads(line) for line in lines]
-    words = [
-        str(a.get("answer", a.get("prediction", a.get("text")))).split(".")[0].replace(",", "").split(" ")
-        for a in answers
-    ]
-    predictions = [1 if {"No", "not", "no"} & set(w) else 0 for w in words]
-    expected = json.loads((DATA / "golden" / "DEVMINI_expected.json").read_text())["pope"]["POPE_evaluate_rule"]
-    assert yes_no_metrics(truth, predictions) == pytest.approx(expected, abs=1e-9)
+def test_items_of_a_cluster_widen_the_error():
+    values = [1, 1, 0, 1, 0, 0, 1, 0]
+    apart = clustered_error(values, [str(i) for i in range(8)])
+    assert apart == pytest.approx(math.sqrt(0.5 * 0.5 / 8))
+    assert clustered_error(values * 4, [str(i) for i in range(8)] * 4) == pytest.approx(apart), (
+        "copies tell nothing new"
+    )
+    assert clustered_error([1, 0, 1, 0], ["a", "a", "b", "b"]) == 0.0
+
+
+def test_the_clustered_error_is_the_spread_of_means_over_samples_of_clusters():
+    """2,000 samples of 100 pictures with three questions each, which share much of their difficulty."""
+    rng = np.random.default_rng(0)
+    means, errors = [], []
+    for _ in range(2000):
+        ease = rng.beta(0.5, 0.5, 100)
+        values = (rng.random((100, 3)) < ease[:, None]).astype(float).ravel()
+        means.append(values.mean())
+        errors.append(clustered_error(values.tolist(), np.repeat(np.arange(100), 3).astype(str).tolist()))
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.05)
+    assert np.mean(errors) > 1.2 * math.sqrt(0.25 / 300), "the naive error is too small"

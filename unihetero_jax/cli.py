@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from data_pipelines.scene_world import ensure_index, ensure_scene_world
 from unihetero_jax import compile_ahead, data_stats, distributed, explain, export, stored_steps
 from unihetero_jax.arrays import Batch
-from unihetero_jax.checkpoint import SaveError, restore_subtree
+from unihetero_jax.checkpoint import SaveError, list_steps, restore_subtree
 from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
 from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.mixture import image_spec
@@ -28,10 +28,18 @@ from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.evaluation import official
 from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import check_candidates, rollout_retrieval
-from unihetero_jax.evaluation.runner import LogProbs, evaluate, format_table, select_benchmarks, write_json
-from unihetero_jax.inference.generate import Prompt, generate_text
+from unihetero_jax.evaluation.runner import (
+    SCORERS,
+    LogProbs,
+    Model,
+    evaluate,
+    format_table,
+    select_benchmarks,
+    write_json,
+)
+from unihetero_jax.inference.generate import Prompt, generate_text, generate_texts
 from unihetero_jax.inference.sampling import Sampling
-from unihetero_jax.metrics import announce
+from unihetero_jax.metrics import announce, read_metrics
 from unihetero_jax.model.attention import require_segments_alone
 from unihetero_jax.model.unihetero import Params, build
 from unihetero_jax.profiling import parse_range
@@ -108,7 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluates.add_argument(
         "--benchmarks", default="", help="names from eval.benchmarks or paths, by comma; all if empty"
     )
+    evaluates.add_argument("--mode", choices=tuple(SCORERS), default="likelihood", help="; ".join(
+        f"{mode}: {words}" for mode, words in SCORERS.items()))  # fmt: skip
     evaluates.add_argument("--without-image", action="store_true", help="also score with the image left out")
+    evaluates.add_argument("--steps", default="last", help="last, best (least validation loss), all, or by comma")
+    evaluates.add_argument("--max-new-tokens", type=int, default=32, help="generation: of an answer")
     evaluates.add_argument("--rollout", action="store_true", help="also draw from captions of eval.rollout_source")
     evaluates.set_defaults(command=_evaluate)
 
@@ -129,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     generates.add_argument("--temperature", type=float, default=0.0)
     generates.add_argument("--top-p", type=float, default=1.0)
     generates.add_argument("--seed", type=int, default=0)
+    generates.add_argument("--step", type=int, default=-1, help="-1: the newest that verifies")
     generates.set_defaults(command=_generate)
     stats = commands.add_parser("data-stats", allow_abbrev=False, help="what a mixture holds, what a run drew of it")
     chosen = stats.add_mutually_exclusive_group(required=True)
@@ -166,7 +179,6 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     for command in (evaluates, generates):
         command.add_argument("--workdir", required=True)
-        command.add_argument("--step", type=int, default=-1, help="-1: the newest that verifies")
         command.add_argument("--replicate", type=int, default=0, help="which model of a run with num_replicates > 1")
     return parser
 
@@ -178,20 +190,56 @@ def _train(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
-    run = load_run(flags.workdir, flags.step, flags.replicate, overrides)
     requested = [name for name in flags.benchmarks.split(",") if name]
-    benchmarks = select_benchmarks(run.config.eval.benchmarks, requested)
-    results = evaluate(
-        run.config, make_log_probs(run.config, run.params), run.tokenizer, benchmarks, step=run.step,
-        config_hash=run.config_hash, output_dir=to_path(flags.workdir) / "eval", without_image=flags.without_image,
-    )  # fmt: skip
-    announce(format_table(results))
-    if flags.rollout:
-        if not _rolls_out(run.config):
+    for step in choose_steps(flags.workdir, flags.steps):
+        run = load_run(flags.workdir, step, flags.replicate, overrides)
+        if flags.rollout and not _rolls_out(run.config):
             raise ValueError(
                 "--rollout: the run draws no images; it needs an objective with a visual loss and eval.rollout_source"
             )
-        _roll_out(run, to_path(flags.workdir) / "eval")
+        results = evaluate(
+            run.config, model_of(run, flags.max_new_tokens), run.tokenizer,
+            select_benchmarks(run.config.eval.benchmarks, requested), step=run.step, config_hash=run.config_hash,
+            output_dir=to_path(flags.workdir) / "eval", mode=flags.mode, without_image=flags.without_image,
+        )  # fmt: skip
+        announce(format_table(results))
+        if flags.rollout:
+            _roll_out(run, to_path(flags.workdir) / "eval")
+
+
+def choose_steps(workdir: str, wanted: str) -> list[int]:
+    """The checkpoints that `--steps` names; -1 stands for the newest that verifies.
+
+    `best` is the one of least validation loss of the text, averaged over the sources, among those that are there.
+
+    Raises:
+        ValueError: nothing of the kind is there.
+    """
+    match wanted:
+        case "last":
+            return [-1]
+        case "all" | "best":
+            stored = list_steps(workdir)
+            if not stored:
+                raise ValueError(f"--workdir {workdir}: no run here (no complete checkpoint); train first")
+            return stored if wanted == "all" else [_best_step(workdir, stored)]
+    if not all(part.isdecimal() for part in wanted.split(",")):
+        raise ValueError(f"--steps {wanted}: give last, best, all, or steps by comma, such as 100,200")
+    return [int(part) for part in wanted.split(",")]
+
+
+def _best_step(workdir: str, stored: Sequence[int]) -> int:
+    losses = {
+        line["step"]: np.mean([source["text"] for source in line["eval_loss"].values() if "text" in source])
+        for line in read_metrics(workdir)
+        if line.get("eval_loss") and line["step"] in stored
+    }
+    if not losses:
+        raise ValueError(
+            f"--steps best: no stored step of {workdir} was validated (stored: {', '.join(map(str, stored))}); "
+            "name one, or train with train.eval_every_steps at multiples of checkpoint.every_steps"
+        )
+    return min(losses, key=lambda step: losses[step])
 
 
 def _score(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -308,8 +356,8 @@ def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -
     folder = to_path(workdir) / "eval"
     if config.eval.benchmarks:
         results = evaluate(
-            config, make_log_probs(config, params), tokenizer, config.eval.benchmarks, step=step,
-            config_hash=run.config_hash, output_dir=folder,
+            config, model_of(run), tokenizer, config.eval.benchmarks, step=step, config_hash=run.config_hash,
+            output_dir=folder,
         )  # fmt: skip
         announce(format_table(results))
     if _rolls_out(config):
@@ -373,9 +421,24 @@ def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] =
     return Run(config, metadata["config_hash"], stored_step, params, tokenizer)
 
 
+def model_of(run: Run, max_new_tokens: int = 32) -> Model:
+    """The evaluation's view of a model."""
+    mesh, batch_rows = make_mesh(run.config.mesh), run.config.eval.batch_rows
+
+    def generate(prompts: Sequence[tuple[str, bytes | None]]) -> list[str]:
+        asked = [Prompt(text, image) for text, image in prompts]
+        return generate_texts(run.config, run.params, run.tokenizer, asked, batch_rows, max_new_tokens)
+
+    def own_rows(num_rows: int) -> list[int]:
+        return local_rows(mesh, num_rows)
+
+    return Model(make_log_probs(run.config, run.params), own_rows, generate)
+
+
 def make_log_probs(config: Config, params: Params) -> LogProbs:
-    """The evaluation's view of a model: packed rows in, log-probability of every supervised token out."""
+    """This process's packed rows in, log-probability of every supervised token out."""
     mesh = make_mesh(config.mesh)
+    rows = local_rows(mesh, config.eval.batch_rows)
 
     @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def log_probs(params: Params, batch: Batch) -> jax.Array:
@@ -386,9 +449,7 @@ def make_log_probs(config: Config, params: Params) -> LogProbs:
             return -text_nll(output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, chunk)[1]
 
     def score(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        rows = local_rows(mesh, len(arrays["tokens"]))
-        own = {name: value[rows] for name, value in arrays.items()}
-        return np.asarray(jax.device_get(log_probs(params, to_global(own, mesh))))
+        return np.asarray(jax.device_get(log_probs(params, to_global(arrays, mesh))))[rows]
 
     return score
 

@@ -305,7 +305,8 @@ class MeshConfig:
 class EvalConfig:
     """Benchmarks that run at the end of training and by default in `evaluate`: by name, the file of questions.
 
-    `batch_rows` rows are scored at once; `validation_rows` bounds the fixed validation plan per source (0: every item).
+    `batch_rows` rows are scored at once; `shard_items` items are a part of a job, which a kill cannot take away once it
+    is written; `validation_rows` bounds the fixed validation plan per source (0: every item).
     `rollout_source` (empty: none) names the source whose unseen captions are rolled out, to be found among
     `rollout_candidates` images.
     """
@@ -315,6 +316,7 @@ class EvalConfig:
     validation_rows: int
     rollout_source: str
     rollout_candidates: int
+    shard_items: int = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -720,7 +722,7 @@ def _validate_run(config: Config) -> list[str]:
             ),
         ),
         "checkpoint": (config.checkpoint, ("every_steps", "keep_last")),
-        "eval": (config.eval, ("batch_rows", "rollout_candidates")),
+        "eval": (config.eval, ("batch_rows", "shard_items", "rollout_candidates")),
         "mesh": (config.mesh, ("data", "fsdp", "tensor", "context", "num_slices")),
     }
     return _broken(rules) + _not_positive(positive)

@@ -164,6 +164,23 @@ def _read_mmbench(path: Path, text: str) -> Iterator[Question]:
         yield _mmbench_question(f"row {number}", row, cells, has_options)
 
 
+READ_COLUMNS = frozenset({
+    "index", "g_index", "question", "hint", *OPTION_LETTERS, "answer", "category", "l2-category", "split", "image",
+    "image_path", "prediction",
+})  # fmt: skip
+KNOWN_COLUMNS = READ_COLUMNS | {"source", "comment"}
+"""Of MMBench's tables, with those that say where a question is from."""
+
+
+def unknown_columns(path: Path) -> list[str]:
+    """Columns of a table that nothing here reads and that MMBench does not have; of other files none."""
+    if path.suffix.lower() != ".tsv":
+        return []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file, dialect="excel-tab"), [])
+    return [name for name in header if name not in KNOWN_COLUMNS]
+
+
 def tsv_rows(path: Path, text: str) -> list[dict[str, str]]:
     """Rows of a tab-separated table with csv quoting, by column.
 

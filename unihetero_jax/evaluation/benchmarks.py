@@ -1,7 +1,7 @@
 """What is scored of a benchmark file: MMBench TSV, SEED-Bench JSON and POPE JSON lines all give the same `Item`s.
 
 A fault in a file is an error that names file, row and column; a row that is well-formed but outside what is scored here
-(a circular repeat, a video, several pictures) is counted by reason.
+(a video, several pictures, a circular repeat where the order of the options is not shown) is counted by reason.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from unihetero_jax.data.question_files import ImageStore, Question, read_questions
 from unihetero_jax.data.records import RecordError
+from unihetero_jax.evaluation.circular import group_rotations
 
 CIRCULAR, VIDEO, SEVERAL_IMAGES, NO_OPTIONS = "circular_row", "video", "several_images", "no_options"
 
@@ -28,6 +29,8 @@ class Item:
         image: the picture's original bytes; None for a question without one.
         category: question type that results are grouped by.
         hint: text to be read before the question; often empty.
+        group: a second grouping, see `Question`; may be empty.
+        original_index: of the item whose options this one has in another order; empty: of none.
     """
 
     index: str
@@ -37,6 +40,15 @@ class Item:
     image: bytes | None
     category: str
     hint: str = ""
+    group: str = ""
+    original_index: str = ""
+
+    @property
+    def cluster(self) -> str:
+        """What items share whose answers are not independent: the picture, else the original question."""
+        if self.image is None:
+            return self.original_index or self.index
+        return hashlib.blake2b(self.image, digest_size=8).hexdigest()
 
     @property
     def answer_text(self) -> str:
@@ -53,8 +65,8 @@ class Benchmark:
         path: where it was read.
         items: the questions to score, in file order.
         data_hash: 16 hex digits over the questions file and every picture that was read from beside it.
-        unscored_rows: well-formed rows that are no item here, counted by reason: `circular_row` (circular scoring is
-            not part of this version, so a circular file is scored on its unrotated rows), `video`, `several_images`,
+        unscored_rows: well-formed rows that are no item here, counted by reason: `circular_row` (left out where the
+            prompt does not show the options, so that their order changes nothing), `video`, `several_images`,
             `no_options` (nothing to rank; some CCBench rows have their options in the picture).
     """
 
@@ -70,8 +82,12 @@ class Benchmark:
         return sum(self.unscored_rows.values())
 
 
-def read_benchmark(path: str | Path) -> Benchmark:
+def read_benchmark(path: str | Path, rotations: bool = False) -> Benchmark:
     """Reads a questions file (formats: see `read_questions`) and the pictures beside it (see `ImageStore`).
+
+    Args:
+        path: the file.
+        rotations: rows that repeat another with rotated options are items too, and all of them have to be there.
 
     Raises:
         ValueError: the file is missing, of no known format, empty, or has a faulty row; names file, row and column.
@@ -79,7 +95,7 @@ def read_benchmark(path: str | Path) -> Benchmark:
     path = Path(path)
     skipped: Counter[str] = Counter()
     with ImageStore(path.parent) as images:
-        items = tuple(_items(path, images, skipped))
+        items = tuple(_items(path, images, skipped, rotations))
         image_digest = images.digest()
     _check_items(path, items, skipped)
     file_digest = hashlib.blake2b(path.read_bytes()).digest()
@@ -87,17 +103,20 @@ def read_benchmark(path: str | Path) -> Benchmark:
     return Benchmark(path.stem, path, items, digest, dict(sorted(skipped.items())))
 
 
-def _items(path: Path, images: ImageStore, skipped: Counter[str]) -> Iterator[Item]:
-    for question in read_questions(path):
-        if reason := _unscored(question):
+def _items(path: Path, images: ImageStore, skipped: Counter[str], rotations: bool) -> Iterator[Item]:
+    questions = list(read_questions(path))
+    if rotations and any(question.original_index for question in questions):
+        group_rotations(str(path), [q for q in questions if not q.fault and q.answer is not None])
+    for question in questions:
+        if reason := _unscored(question, rotations):
             skipped[reason] += 1
         else:
             yield _item(path, question, images)
 
 
-def _unscored(question: Question) -> str:
+def _unscored(question: Question, rotations: bool) -> str:
     """Why a question is outside what is scored; empty: it is not."""
-    if question.original_index:
+    if question.original_index and not rotations:
         return CIRCULAR
     if question.is_video:
         return VIDEO
@@ -126,6 +145,8 @@ def _item(path: Path, question: Question, images: ImageStore) -> Item:
         image=image,
         category=question.category,
         hint=question.hint,
+        group=question.group,
+        original_index=question.original_index,
     )
 
 

@@ -14,10 +14,12 @@ Positions and contexts are those of the plain sequence `picture question option`
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from unihetero_jax import distributed
 from unihetero_jax.config import Config, DataConfig
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import (
@@ -81,9 +83,13 @@ def score_items(
     log_probs: Callable[[dict[str, np.ndarray]], np.ndarray],
     *,
     without_image: bool = False,
+    own_rows: Callable[[int], Sequence[int]] = range,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[OptionScores]:
     """Log-likelihood of every option of every item.
+
+    In a run of several processes all call it with the same items. Each decodes and lays out the rows that its devices
+    hold and no others, and what it found of them comes to process 0; the others get nothing.
 
     An item too large for a row is spread over several samples, each with the whole prefix and some of the options. One
     that cannot be scored at all keeps its place in the result, with the reason: `too_long` (one of its options
@@ -93,9 +99,11 @@ def score_items(
         items: the questions.
         tokenizer: the one the model was trained with.
         config: `data.row_tokens`, `data.row_patches`, the image spec and `eval.batch_rows` are used.
-        log_probs: from packed arrays (the fields of `arrays.Batch`, leading axis `eval.batch_rows`) to `float[B,T]`,
-            log p(tokens[t] | what t may see before it) at the target's own position, where `text_loss_mask`.
+        log_probs: from packed arrays (the fields of `arrays.Batch`, leading axis: this process's rows of the
+            `eval.batch_rows`) to `float[B,T]`, log p(tokens[t] | what t may see before it) at the target's own
+            position, where `text_loss_mask`.
         without_image: leave the pictures out of the prompts.
+        own_rows: which of so many rows this process's devices hold.
         on_progress: called with (rows scored, rows in all) after every batch.
 
     Returns:
@@ -115,22 +123,23 @@ def score_items(
             prompts[position] = prompt
         except RecordError as error:
             unscored[position] = error.reason
-    sums = {position: np.zeros(len(prompt.options)) for position, prompt in prompts.items()}
+    sums: dict[int, dict[int, float]] = {}
     costs = np.array([part.cost for part in parts], np.int64).reshape(-1, 2)
     plan = plan_rows(costs, data.row_tokens, data.row_patches) if parts else []
     row_shape = (data.row_tokens, data.row_patches, spec.patch_size, tokenizer.pad_id)
     batch_rows = config.eval.batch_rows
+    own = list(own_rows(batch_rows))
     for start in range(0, len(plan), batch_rows):
-        batch, members = empty_rows(batch_rows, *row_shape), []
-        for number, row in enumerate(plan[start : start + batch_rows]):
-            chosen = [parts[i] for i in row]
+        batch, members = empty_rows(len(own), *row_shape), []
+        for number, row in enumerate(own):
+            chosen = [parts[i] for i in plan[start + row]] if start + row < len(plan) else []
             samples = _row_samples(chosen, prompts, items, tokenizer, spec, unscored)
             members.append([part for part, _ in samples])
             fill_row(row_of(batch, number), [sample for _, sample in samples], spec.patch_size, data.turns)
         _add_up(sums, prompts, members, data.turns, batch, _checked(log_probs(batch), batch["tokens"].shape))
         if on_progress:
             on_progress(min(start + batch_rows, len(plan)), len(plan))
-    return [_collect(position, prompts, sums, unscored) for position in range(len(items))]
+    return _collect(len(items), prompts, sums, unscored)
 
 
 def prompt_text(item: Item) -> str:
@@ -218,7 +227,7 @@ def _checked(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _add_up(
-    sums: dict[int, np.ndarray],
+    sums: dict[int, dict[int, float]],
     prompts: dict[int, _Prompt],
     members: Sequence[Sequence[_Part]],
     turns: Turns,
@@ -239,15 +248,30 @@ def _add_up(
             for branch, number in enumerate(part.options, start=1):
                 mask = counted & (batch["branch_ids"][row] == branch)
                 assert mask.sum() == len(prompts[part.item].options[number]), "every option token is counted once"
-                sums[part.item][number] = values[row][mask].sum(dtype=np.float64)
+                sums.setdefault(part.item, {})[number] = float(values[row][mask].sum(dtype=np.float64))
 
 
 def _collect(
-    position: int, prompts: dict[int, _Prompt], sums: dict[int, np.ndarray], unscored: dict[int, str]
-) -> OptionScores:
-    if position not in unscored and not np.isfinite(sums[position]).all():
-        unscored[position] = NOT_FINITE
-    if position in unscored:
-        return OptionScores((), (), unscored[position])
-    lengths = tuple(len(option) for option in prompts[position].options)
-    return OptionScores(tuple(sums[position].tolist()), lengths)
+    num_items: int, prompts: dict[int, _Prompt], sums: dict[int, dict[int, float]], unscored: dict[int, str]
+) -> list[OptionScores]:
+    """Brings what every process found of its rows together, on process 0."""
+    texts = distributed.gather("option-scores", json.dumps({"sums": sums, "unscored": unscored}))
+    all_sums: dict[int, dict[int, float]] = {}
+    for text in texts:
+        found = json.loads(text)
+        unscored |= {int(position): reason for position, reason in found["unscored"].items()}
+        for position, options in found["sums"].items():
+            # An option is in one row; processes that hold the same row found the same.
+            all_sums.setdefault(int(position), {}).update({int(number): x for number, x in options.items()})
+    return (
+        [_scores(prompts.get(i), all_sums.get(i, {}), unscored.get(i, "")) for i in range(num_items)] if texts else []
+    )
+
+
+def _scores(prompt: _Prompt | None, sums: dict[int, float], reason: str) -> OptionScores:
+    if reason or prompt is None:
+        return OptionScores((), (), reason)
+    values = tuple(sums[number] for number in range(len(prompt.options)))
+    if not np.isfinite(values).all():
+        return OptionScores((), (), NOT_FINITE)
+    return OptionScores(values, tuple(len(option) for option in prompt.options))

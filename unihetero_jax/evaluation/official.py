@@ -7,15 +7,17 @@ is guessed. See `extraction` for how an answer in words becomes an option, `vqa`
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 from unihetero_jax.data.open_questions import read_open_questions
-from unihetero_jax.data.question_files import Question, read_questions
+from unihetero_jax.data.question_files import Question, read_questions, unknown_columns
 from unihetero_jax.evaluation import extraction
+from unihetero_jax.evaluation.benchmarks import Item
 from unihetero_jax.evaluation.circular import group_rotations
 from unihetero_jax.evaluation.predictions import Prediction, by_index, read_predictions
+from unihetero_jax.evaluation.scoring import clustered_error, yes_no_figures
 from unihetero_jax.evaluation.vqa import exact_match, vqa_accuracy
 from unihetero_jax.text_table import align
 
@@ -45,23 +47,33 @@ MATCHING: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """One item: its score (0 or 1, for open answers in between) and whether its prediction held an answer."""
+    """One item: its score (0 or 1, for open answers in between), whether its prediction held an answer, its picture."""
 
     index: str
     category: str
     group: str
     score: float
-    is_parsed: bool = True
+    is_parsed: bool
+    picture: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is to be scored: the paths for messages, the predictions by item, the rule's name."""
+    """What is to be scored.
+
+    Attributes:
+        questions, source: files, for messages.
+        predictions: by item.
+        rule: its name.
+        asked: the questions that count, all of the file if None (a model that knows no videos is not asked about
+            them).
+    """
 
     questions: str
     source: str
     predictions: Mapping[str, Prediction]
     rule: str
+    asked: Set[str] | None = None
 
 
 def format_score(result: Mapping[str, Any]) -> str:
@@ -70,7 +82,8 @@ def format_score(result: Mapping[str, Any]) -> str:
     shown = (lambda value: f"{value:.1f}") if is_points else (lambda value: f"{value:.4f}")
     rows = [("", "score")]
     rows += [(name, shown(value)) for key in ("by_group", "by_category") for name, value in result[key].items()]
-    rows.append(("overall", shown(result["overall"])))
+    error = f" ± {result['standard_error']:.4f}" if "standard_error" in result and not is_points else ""
+    rows.append(("overall", shown(result["overall"]) + error))
     rows += [(key, shown(result[key])) for key in YES_NO_FIGURES if key in result]
     lines = [f"{result['benchmark']}: {result['rule']}", *align(rows, numbers=True)]
     lines.append(f"{result['num_items']} items, {result['num_unparsed']} without an answer that could be read")
@@ -79,6 +92,8 @@ def format_score(result: Mapping[str, Any]) -> str:
                        ("repeated", "identifiers that come several times, every line counted")):  # fmt: skip
         if count := result.get(f"num_{key}", 0):
             lines.append(f"{count} {words}: {_named(result[key], count)}")
+    if result.get("unknown_columns"):
+        lines.append(f"columns of the questions that nothing here reads: {', '.join(result['unknown_columns'])}")
     if result.get("missing_categories"):
         lines.append(f"categories of MME that are not there: {', '.join(result['missing_categories'])}")
     return "\n".join(lines)
@@ -96,6 +111,7 @@ def score_predictions(benchmark: str, questions: str, predictions: str, rule: st
 
     Returns:
         overall: the main figure, a share in [0, 1] (`mme`: points, 2,800 at most).
+        standard_error: of that share (`mme`: of the accuracy), items on one picture being no independent ones.
         num_items, num_unparsed: items scored, and those of them in whose prediction (circular: in one of whose) the
             rule found no answer.
         by_category, by_group: the figure for each question type, and for each group of types where the file has them.
@@ -119,8 +135,21 @@ def score_predictions(benchmark: str, questions: str, predictions: str, rule: st
         return {"benchmark": benchmark} | _score_stated(predictions, found)
     if not questions:
         raise ValueError(f"--questions: {benchmark} needs the benchmark's own file")
-    task = Task(questions, predictions, by_index(predictions, found), rule)
-    return {"benchmark": benchmark} | scorer.score(task)
+    return score_task(benchmark, Task(questions, predictions, by_index(predictions, found), rule))
+
+
+def score_task(benchmark: str, task: Task) -> dict[str, Any]:
+    """`score_predictions` of predictions that are at hand."""
+    return {"benchmark": benchmark} | BENCHMARKS[benchmark].score(task)
+
+
+def benchmark_of(items: Sequence[Item]) -> tuple[str, str]:
+    """The entry of `BENCHMARKS`, and its rule for answers in words, by which a model's own answers are judged."""
+    if all(item.options in (("yes", "no"), ("no", "yes")) for item in items):
+        is_mme = {item.category for item in items} <= {*PERCEPTION, *COGNITION}
+        return ("mme", "mme") if is_mme else ("pope", "vlmevalkit")
+    is_circular = any(item.original_index for item in items)
+    return ("mmbench" if is_circular else "mmbench-vanilla"), "vlmevalkit"
 
 
 # ---------------------------------------------------------------- multiple choice
@@ -135,7 +164,7 @@ def _score_circular(task: Task) -> dict[str, Any]:
     for base, rows in groups.items():
         is_right = all(chosen[row.index] == row.answer for row in rows)
         is_parsed = all(chosen[row.index] is not None for row in rows)
-        scored.append(Scored(base, rows[0].category, rows[0].group, int(is_right), is_parsed))
+        scored.append(Scored(base, rows[0].category, rows[0].group, int(is_right), is_parsed, _picture(rows[0])))
     result = _summary(task, scored, questions, "; an item is right if it is in all rotations of its options")
     unparsed = sum(choice is None for choice in chosen.values())
     return result | {"num_rows": len(questions), "num_unparsed_rows": unparsed}
@@ -201,7 +230,7 @@ def _choose_options(task: Task, questions: Sequence[Question]) -> dict[str, int 
 
 def _scored(questions: Sequence[Question], chosen: Mapping[str, int | None]) -> list[Scored]:
     return [
-        Scored(q.index, q.category, q.group, int(chosen[q.index] == q.answer), chosen[q.index] is not None)
+        Scored(q.index, q.category, q.group, int(chosen[q.index] == q.answer), chosen[q.index] is not None, _picture(q))
         for q in questions
     ]
 
@@ -227,29 +256,6 @@ def _score_pope(task: Task) -> dict[str, Any]:
     return result | yes_no_figures(truth, answers, unparsed_is_no=task.rule != "lmms-eval")
 
 
-def yes_no_figures(truth: Sequence[str], answers: Sequence[str], unparsed_is_no: bool = True) -> dict[str, float]:
-    """POPE's figures with "yes" as the positive class; a ratio without a denominator is 0.
-
-    Args:
-        truth: "yes" or "no" for each item.
-        answers: "yes", "no", or anything else for neither.
-        unparsed_is_no: an answer that is neither counts as a missed yes in the recall (not so in lmms-eval).
-    """
-    pairs = Counter(zip(truth, answers, strict=True))
-    true_positive, false_positive = pairs["yes", "yes"], pairs["no", "yes"]
-    num_yes = sum(t == "yes" for t in truth) if unparsed_is_no else true_positive + pairs["yes", "no"]
-    precision = true_positive / (true_positive + false_positive) if true_positive + false_positive else 0.0
-    recall = true_positive / num_yes if num_yes else 0.0
-    return {
-        "accuracy": (pairs["yes", "yes"] + pairs["no", "no"]) / len(truth),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        "yes_ratio": (true_positive + false_positive) / len(truth),
-        "yes_ratio_of_labels": sum(t == "yes" for t in truth) / len(truth),
-    }
-
-
 def _score_mme(task: Task) -> dict[str, Any]:
     """MME: for each category 100 x (accuracy + share of pictures with both questions right), and their sums."""
     questions = _closed_questions(task)
@@ -261,8 +267,7 @@ def _score_mme(task: Task) -> dict[str, Any]:
                 f"{task.questions}: {question.place}: no image and no image_path, which tells what questions belong "
                 "together"
             )
-        picture = question.pictures[0]
-        key = (question.category, picture.name or picture.cell)
+        key = (question.category, _picture(question))
         pictures.setdefault(key, []).append(int(chosen[question.index] == question.answer))
     odd = [name[:40] for (_, name), hits in pictures.items() if len(hits) != 2]
     if odd:
@@ -314,7 +319,8 @@ def _score_open(task: Task) -> dict[str, Any]:
                     "several people (--benchmark=gqa compares with one)"
                 )
             score = vqa_accuracy(text, question.answers, task.rule)  # pyright: ignore[reportArgumentType]
-        scored.append(Scored(question.index, question.category, "", score if text.strip() else 0.0, bool(text.strip())))
+        is_parsed, picture = bool(text.strip()), question.picture.name if question.picture else ""
+        scored.append(Scored(question.index, question.category, "", score if is_parsed else 0.0, is_parsed, picture))
     return _summary(task, scored, questions)
 
 
@@ -327,7 +333,7 @@ def _closed_questions(task: Task) -> list[Question]:
     Raises:
         ValueError: a row is faulty (but for its picture), has no answer or no options, or an index is repeated.
     """
-    questions = list(read_questions(Path(task.questions)))
+    questions = [q for q in read_questions(Path(task.questions)) if task.asked is None or q.index in task.asked]
     for question in questions:
         place = f"{task.questions}: {question.place}"
         if question.fault and question.fault.reason != "missing_image":
@@ -340,6 +346,11 @@ def _closed_questions(task: Task) -> list[Question]:
     if not questions:
         raise ValueError(f"{task.questions}: no questions in it")
     return questions
+
+
+def _picture(question: Question) -> str:
+    """What tells a question's picture from others; empty where the file does not say."""
+    return "|".join(picture.name or picture.cell for picture in question.pictures)
 
 
 def _text(task: Task, index: str) -> str:
@@ -366,6 +377,9 @@ def _summary(task: Task, scored: Sequence[Scored], asked: Sequence[Any], words: 
         )
     return {
         "overall": _mean(scored),
+        "standard_error": clustered_error(
+            [item.score for item in scored], [item.picture or f"item {item.index}" for item in scored]
+        ),
         "num_items": len(scored),
         "num_unparsed": sum(not item.is_parsed for item in scored),
         "by_category": _means(scored, lambda item: item.category),
@@ -374,6 +388,7 @@ def _summary(task: Task, scored: Sequence[Scored], asked: Sequence[Any], words: 
         "rule": MATCHING[task.rule] + words,
         "num_unanswered": len(unanswered), "unanswered": unanswered[:NUM_NAMED],
         "num_unknown_predictions": len(unknown), "unknown_predictions": unknown[:NUM_NAMED],
+        "unknown_columns": unknown_columns(Path(task.questions)),
     }  # fmt: skip
 
 

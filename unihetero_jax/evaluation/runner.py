@@ -1,29 +1,39 @@
-"""Runs benchmarks and writes one result file for each; prints them as a table.
+"""Runs benchmarks as jobs and writes one result file for each; prints them as a table.
 
 A result file says everything that its figures depend on: benchmark and data hash, prompt, scorer rule, image
-transform, config hash and step.
+transform, config hash and step. Four modes, never in one column:
+
+    likelihood   options are ranked by the likelihood of their text; the prompt does not show them
+    letters      the prompt shows the options, their letters are ranked by likelihood
+    generation   the prompt shows the options, the model answers freely, a public scorer's rule reads the answer
+    words        the same, but the prompt is the question alone, as in training
 """
 
+import dataclasses
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
 
+from unihetero_jax import distributed
 from unihetero_jax.config import Config
 from unihetero_jax.data.question_files import OPTION_LETTERS
 from unihetero_jax.data.records import PROMPT_TEMPLATE
 from unihetero_jax.data.tokenizer import Tokenizer
-from unihetero_jax.distributed import is_lead
-from unihetero_jax.evaluation.benchmarks import Benchmark, read_benchmark
-from unihetero_jax.evaluation.multiple_choice import score_items
+from unihetero_jax.evaluation import official
+from unihetero_jax.evaluation.benchmarks import Benchmark, Item, read_benchmark
+from unihetero_jax.evaluation.jobs import Answer, run_job
+from unihetero_jax.evaluation.multiple_choice import prompt_text, score_items
+from unihetero_jax.evaluation.predictions import Prediction, write_leaderboard, write_table
 from unihetero_jax.evaluation.scoring import (
     OptionScores,
-    hits,
+    clustered_error,
     summarize,
     summarize_by_category,
     yes_no_metrics,
@@ -32,13 +42,41 @@ from unihetero_jax.storage import to_path
 from unihetero_jax.text_table import align
 from unihetero_jax.workdir import write_atomically
 
-RESULT_VERSION = 1
-SCORER_RULE = "likelihood, sum of log-probabilities of the option text"
+RESULT_VERSION = 2
 BENCHMARK_SUFFIXES = (".tsv", ".json", ".jsonl")
+
+Mode = Literal["likelihood", "letters", "generation", "words"]
+SCORERS: Mapping[Mode, str] = {
+    "likelihood": "likelihood, sum of log-probabilities of the option text",
+    "letters": "likelihood of the option's letter, the options being in the prompt",
+    "generation": "free answers, the options being in the prompt",
+    "words": "free answers to the question alone",
+}
+SHOWS_OPTIONS: frozenset[Mode] = frozenset({"letters", "generation"})
+"""Modes in which the order of the options can matter, so that circular rows are asked."""
+OPTIONS_TEMPLATE = (
+    "Hint: {hint}\\nQuestion: {question}\\nOptions:\\nA. {A}\\n...\\nPlease select the correct answer ..."
+)
+"""VLMEvalKit's prompt, in short; `options_prompt` writes it."""
 
 LogProbs = Callable[[dict[str, np.ndarray]], np.ndarray]
 """From a packed batch (the fields of `arrays.Batch`) to `float[B,T]`: log p(tokens[t] | what t may see before it) where
 `text_loss_mask`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What evaluation knows of a model.
+
+    Attributes:
+        log_probs: see `LogProbs`; called with this process's rows of `eval.batch_rows`, on all processes at once.
+        own_rows: which of so many rows those are.
+        generate: continues prompts, (text, picture or None) each, on all processes at once.
+    """
+
+    log_probs: LogProbs
+    own_rows: Callable[[int], Sequence[int]] = range
+    generate: Callable[[Sequence[tuple[str, bytes | None]]], list[str]] | None = None
 
 
 def select_benchmarks(configured: Mapping[str, str], requested: Sequence[str]) -> dict[str, str]:
@@ -71,33 +109,38 @@ def select_benchmarks(configured: Mapping[str, str], requested: Sequence[str]) -
 
 def evaluate(
     config: Config,
-    log_probs: LogProbs,
+    model: Model,
     tokenizer: Tokenizer,
     benchmarks: Mapping[str, str],
     *,
     step: int,
     config_hash: str,
     output_dir: epath.PathLike | None,
+    mode: Mode = "likelihood",
     without_image: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores every benchmark and writes `<output_dir>/<name>-<step>.json` for each.
+    """Scores every benchmark and writes `<output_dir>/<name>-<step>.json` for each (with the mode in the name, but for
+    `likelihood`), its answers beside it, and predictions in the layout of the benchmark's public scorer.
+
+    A job that was killed goes on where it was; one that was finished is not computed again (see `jobs`).
 
     Args:
-        config: the run's configuration; row sizes, image spec and `eval.batch_rows` are used.
-        log_probs: the model, see `LogProbs`. Called with `eval.batch_rows` rows each time.
+        config: the run's configuration; row sizes, image spec, `eval.batch_rows` and `eval.shard_items` are used.
+        model: see `Model`.
         tokenizer: the run's tokenizer.
         benchmarks: name -> questions file; see `select_benchmarks`.
-        step: training step of the parameters behind `log_probs`.
+        step: training step of the model's parameters.
         config_hash: of the configuration that they were trained with (`config` may have other evaluation settings).
-        output_dir: folder of the result files, created if missing; normally `<workdir>/eval`. None writes nothing (all
-            processes but one on a multi-process run).
-        without_image: also score with the picture left out of the prompt; adds `accuracy_without_image` to every
-            summary, the blind accuracy of this very model.
-        on_progress: called with (benchmark, rows scored, rows in all) after every batch.
+        output_dir: folder of the result files, created if missing; normally `<workdir>/eval`. None writes nothing.
+        mode: see above.
+        without_image: also score with the picture left out of the prompt (`likelihood`, `letters`): adds
+            `accuracy_without_image`, the blind accuracy of this very model, and `accuracy_prior_normalized`, which
+            ranks by how much the picture raises an option's log-probability.
+        on_progress: called with (benchmark, items done, items in all) after every shard.
 
     Returns:
-        name -> the content of its result file.
+        name -> the content of its result file; on process 0 alone, the others get nothing.
 
     Raises:
         ValueError: no benchmark, a name unfit for a file name, or a faulty file. All are read before any is scored.
@@ -111,65 +154,236 @@ def evaluate(
             raise ValueError(
                 f"benchmark name {name!r}: use letters, digits, '_', '-' and '.'; it names the result file"
             )
-    files = {name: read_benchmark(path) for name, path in benchmarks.items()}
+    files = {name: read_benchmark(path, rotations=mode in SHOWS_OPTIONS) for name, path in benchmarks.items()}
     results = {}
     for name, benchmark in files.items():
+        facts = _facts(name, benchmark, config, mode) | {"config_hash": config_hash, "step": step}
+        stem = to_path(output_dir) / _stem(name, step, mode) if output_dir is not None else None
         report = (lambda done, total, name=name: on_progress(name, done, total)) if on_progress else None
-        scores = score_items(benchmark.items, tokenizer, config, log_probs, on_progress=report)
-        blind = (
-            score_items(benchmark.items, tokenizer, config, log_probs, without_image=True) if without_image else None
-        )
-        results[name] = _result(name, benchmark, scores, blind, config) | {"config_hash": config_hash, "step": step}
-        if output_dir is not None:
-            write_json(to_path(output_dir) / f"{name}-{step}.json", results[name])
+        answer = _answerer(config, model, tokenizer, mode, without_image)
+        identity = facts | {
+            "tokenizer": tokenizer.hash, "without_image": without_image, "program": distributed.program_digest(),
+            "rows": [config.data.row_tokens, config.data.row_patches, config.data.turns],
+        }  # fmt: skip
+        answers = run_job(stem, identity, benchmark.items, config.eval.shard_items, answer, report)
+        if distributed.is_lead():
+            results[name] = facts | _judge(benchmark, answers, mode)
+            if stem is not None:
+                write_json(stem.parent / f"{stem.name}.json", results[name])
+                _write_predictions(stem, benchmark, results[name]["predictions"])
     return results
 
 
-def _result(
-    name: str,
-    benchmark: Benchmark,
-    scores: Sequence[OptionScores],
-    blind: Sequence[OptionScores] | None,
-    config: Config,
-) -> dict[str, Any]:
-    items, data = benchmark.items, config.data
-    overall, by_category = summarize(items, scores), summarize_by_category(items, scores)
-    if blind is not None:
-        overall["accuracy_without_image"] = summarize(items, blind)["accuracy"]
-        for category, summary in summarize_by_category(items, blind).items():
-            by_category[category]["accuracy_without_image"] = summary["accuracy"]
-    unscored = {item.index: score.unscored for item, score in zip(items, scores, strict=True) if score.unscored}
+def _stem(name: str, step: int, mode: Mode) -> str:
+    return f"{name}-{step}" if mode == "likelihood" else f"{name}-{mode}-{step}"
+
+
+def _facts(name: str, benchmark: Benchmark, config: Config, mode: Mode) -> dict[str, Any]:
+    """What the figures of a result depend on, besides the parameters."""
+    data = config.data
     return {
         "result_version": RESULT_VERSION,
         "benchmark": name,
         "file": str(benchmark.path),
         "data_hash": benchmark.data_hash,
-        "prompt_template": PROMPT_TEMPLATE,
-        "scorer": SCORER_RULE,
+        "mode": mode,
+        "prompt_template": OPTIONS_TEMPLATE if mode in SHOWS_OPTIONS else PROMPT_TEMPLATE,
+        "scorer": SCORERS[mode],
         "image_transform": {
             "patch_size": config.model.encoder.patch_size,
             "min_patches": data.image_min_patches,
             "max_patches": data.image_max_patches,
         },
+    }
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _answerer(
+    config: Config, model: Model, tokenizer: Tokenizer, mode: Mode, without_image: bool
+) -> Callable[[Sequence[Item]], list[Answer]]:
+    """What computes the answers of a shard."""
+
+    def generated(items: Sequence[Item]) -> list[Answer]:
+        assert model.generate is not None
+        shown = options_prompt if mode in SHOWS_OPTIONS else prompt_text
+        texts = model.generate([(shown(item), item.image) for item in items])
+        return [{"index": item.index, "text": text} for item, text in zip(items, texts, strict=True)]
+
+    def ranked(items: Sequence[Item]) -> list[Answer]:
+        asked = [with_letters(item) for item in items] if mode == "letters" else items
+        seen = score_items(asked, tokenizer, config, model.log_probs, own_rows=model.own_rows)
+        answers = [
+            {"index": item.index, "log_probs": s.sum_log_probs, "num_tokens": s.num_tokens, "unscored": s.unscored}
+            for item, s in zip(items, seen, strict=False)
+        ]
+        if without_image:
+            blind = score_items(asked, tokenizer, config, model.log_probs, own_rows=model.own_rows, without_image=True)
+            for answer, scores in zip(answers, blind, strict=True):
+                answer["blind"] = {"log_probs": scores.sum_log_probs, "unscored": scores.unscored}
+        return answers
+
+    return ranked if mode in ("likelihood", "letters") else generated
+
+
+def options_prompt(item: Item) -> str:
+    """VLMEvalKit's prompt of a multiple-choice question; a yes/no question stands alone there too."""
+    if {option.lower() for option in item.options} == {"yes", "no"}:
+        return prompt_text(item)
+    options = "".join(f"{letter}. {text}\n" for letter, text in zip(OPTION_LETTERS, item.options, strict=False))
+    hint = f"Hint: {item.hint}\n" if item.hint else ""
+    asking = "Please select the correct answer from the options above. \n"
+    return f"{hint}Question: {item.question}\nOptions:\n{options}{asking}"
+
+
+def with_letters(item: Item) -> Item:
+    """The item with its options in the prompt and their letters as what is ranked."""
+    letters = tuple(OPTION_LETTERS[: len(item.options)])
+    return dataclasses.replace(item, question=options_prompt(item), hint="", options=letters)
+
+
+# ---------------------------------------------------------------- results
+
+
+def _judge(benchmark: Benchmark, answers: Sequence[Answer], mode: Mode) -> dict[str, Any]:
+    result = (_judge_ranks if mode in ("likelihood", "letters") else _judge_words)(benchmark, answers)
+    return result | {"rows_not_scored": dict(benchmark.unscored_rows)}
+
+
+def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
+    items = benchmark.items
+    scores = [_option_scores(answer, answer["num_tokens"]) for answer in answers]
+    overall, by_category = summarize(items, scores), summarize_by_category(items, scores)
+    if answers and "blind" in answers[0]:
+        _add_blind(items, scores, answers, overall, by_category)
+    chosen = {item.index: score.by_sum for item, score in zip(items, scores, strict=True)}
+    hits = _by_base(items, chosen)
+    if any(item.original_index for item in items):
+        overall["accuracy_circular"] = sum(hits.values()) / len(hits)
+    return {
         "overall": overall,
         "by_category": by_category,
         "yes_no": yes_no_metrics(items, [score.by_sum for score in scores]),
-        "rows_not_scored": dict(benchmark.unscored_rows),
-        "items_not_scored": unscored,
-        "items": dict(zip((item.index for item in items), hits(items, scores), strict=True)),
-        "predictions": {
-            item.index: None if score.by_sum is None else OPTION_LETTERS[score.by_sum]
-            for item, score in zip(items, scores, strict=True)
-        },
+        "positions": position_bias(items, list(chosen.values())),
+        "items_not_scored": {i.index: s.unscored for i, s in zip(items, scores, strict=True) if s.unscored},
+        "items": hits,
+        "predictions": {index: None if c is None else OPTION_LETTERS[c] for index, c in chosen.items()},
     }
+
+
+def _option_scores(answer: Answer, num_tokens: Sequence[int]) -> OptionScores:
+    return OptionScores(tuple(answer["log_probs"]), tuple(num_tokens), answer["unscored"])
+
+
+def _add_blind(
+    items: Sequence[Item],
+    scores: Sequence[OptionScores],
+    answers: Sequence[Answer],
+    overall: dict[str, Any],
+    by_category: dict[str, dict[str, Any]],
+) -> None:
+    """Adds what the same model reaches with the picture left out, and when its prior is taken off."""
+    blind = [_option_scores(answer["blind"], answer["num_tokens"]) for answer in answers]
+    raised = [
+        OptionScores(tuple(np.subtract(s.sum_log_probs, b.sum_log_probs)), s.num_tokens, s.unscored or b.unscored)
+        for s, b in zip(scores, blind, strict=True)
+    ]
+    for key, changed in (("accuracy_without_image", blind), ("accuracy_prior_normalized", raised)):
+        overall[key] = summarize(items, changed)["accuracy"]
+        for category, summary in summarize_by_category(items, changed).items():
+            by_category[category][key] = summary["accuracy"]
+    seen, unseen = ([s.by_sum == i.answer for i, s in zip(items, them, strict=True)] for them in (scores, blind))
+    for name, prior in (("right", True), ("wrong", False)):
+        with_it = [right for right, prior_right in zip(seen, unseen, strict=True) if prior_right == prior]
+        overall[f"accuracy_where_prior_is_{name}"] = sum(with_it) / len(with_it) if with_it else None
+
+
+def _by_base(items: Sequence[Item], chosen: Mapping[str, int | None]) -> dict[str, int]:
+    """1 for each original item that is right in all of its rows."""
+    hits: dict[str, int] = {}
+    for item in items:
+        base = item.original_index or item.index
+        hits[base] = hits.get(base, 1) & int(chosen[item.index] == item.answer)
+    return hits
+
+
+def position_bias(items: Sequence[Item], chosen: Sequence[int | None]) -> dict[str, dict[str, float]]:
+    """By letter: share of items that offer it, of which it is right, and for which it was chosen."""
+    result = {}
+    for position, letter in enumerate(OPTION_LETTERS):
+        offered = [(item, c) for item, c in zip(items, chosen, strict=True) if len(item.options) > position]
+        if offered:
+            result[letter] = {
+                "num_offered": len(offered),
+                "right": sum(item.answer == position for item, _ in offered) / len(offered),
+                "chosen": sum(c == position for _, c in offered) / len(offered),
+            }
+    return result
+
+
+def _judge_words(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Answers in words, by the rule of the benchmark's public scorer."""
+    items = benchmark.items
+    name, rule = official.benchmark_of(items)
+    texts = {answer["index"]: answer["text"] for answer in answers}
+    predictions = {index: Prediction(index, text) for index, text in texts.items()}
+    asked = {item.index for item in items}
+    score = official.score_task(name, official.Task(str(benchmark.path), "answers", predictions, rule, asked))
+    bases = {item.index: item for item in items if not item.original_index}
+
+    def summary(indices: Sequence[str]) -> dict[str, Any]:
+        values = [score["items"][index] for index in indices]
+        clusters = [bases[index].cluster for index in indices]
+        return {
+            "accuracy": sum(values) / len(values), "standard_error": clustered_error(values, clusters),
+            "num_clusters": len(set(clusters)),
+            "chance": sum(1 / len(bases[index].options) for index in indices) / len(indices),
+            "num_items": len(indices),
+        }  # fmt: skip
+
+    groups: dict[str, list[str]] = {}
+    for index in score["items"]:
+        groups.setdefault(bases[index].category, []).append(index)
+    return {
+        "overall": summary(list(score["items"])) | {"num_unparsed": score["num_unparsed"], "num_unscored": 0},
+        "by_category": {category: summary(indices) for category, indices in groups.items()},
+        "yes_no": {key: score[key] for key in official.YES_NO_FIGURES if key in score} or None,
+        "official": {key: value for key, value in score.items() if key != "items"},
+        "rule": score["rule"],
+        "items_not_scored": {},
+        "items": score["items"],
+        "predictions": texts,
+    }
+
+
+# ---------------------------------------------------------------- files and tables
+
+
+def _write_predictions(stem: epath.Path, benchmark: Benchmark, predictions: Mapping[str, str | None]) -> None:
+    """In the file that the benchmark's public scorer reads: a table for VLMEvalKit, JSON lines for the others."""
+    if benchmark.path.suffix.lower() != ".tsv":
+        write_leaderboard(stem.parent / f"{stem.name}.predictions.jsonl", {i: p or "" for i, p in predictions.items()})
+        return
+    letters = OPTION_LETTERS[: max(len(item.options) for item in benchmark.items)]
+    rows = [
+        {
+            "index": item.index, "question": item.question, "hint": item.hint,
+            **dict.fromkeys(letters, ""), **dict(zip(letters, item.options, strict=False)),
+            "answer": OPTION_LETTERS[item.answer], "category": item.category, "l2-category": item.group,
+            "prediction": predictions[item.index] or "",
+        }
+        for item in benchmark.items
+    ]  # fmt: skip
+    write_table(stem.parent / f"{stem.name}.predictions.tsv", rows)
 
 
 def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
     """Writes a result file at once, so that a reader never sees half of it; makes its folder.
 
-    Every process of a run computes the same result; process 0 writes it.
+    Every process of a run may call it; process 0 writes.
     """
-    if not is_lead():
+    if not distributed.is_lead():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -183,6 +397,7 @@ TABLE_COLUMNS = (
     ("held out", "blind_floor_held_out"),
     ("per token", "accuracy_mean_normalized"),
     ("no image", "accuracy_without_image"),
+    ("less prior", "accuracy_prior_normalized"),
 )
 
 
@@ -199,21 +414,30 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         lines = align([header, *body], numbers=True)
         rule = "-" * len(lines[0])
-        title = f"{name}  (step {result['step']}; {result['scorer']})"
+        title = f"{name}  (step {result['step']}; {result.get('rule', result['scorer'])})"
         blocks.append("\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1], *_notes(result)]))
     return "\n\n".join(blocks)
 
 
 def _notes(result: Mapping[str, Any]) -> list[str]:
-    notes = [
-        "blind floor: best guess from question and options alone, fitted on this file; held out: the same, cross-fitted"
-    ]
+    overall = result["overall"]
+    notes = [f"s.e.: clustered by {overall['num_clusters']} pictures or questions without one"]
+    if "blind_floor" in overall:
+        notes.append(
+            "blind floor: best guess from question and options alone, fitted on this file; held out: the same, "
+            "cross-fitted"
+        )
+    if "accuracy_circular" in overall:
+        notes.append(f"right in all rotations of the options: {overall['accuracy_circular']:.3f}")
+    for name in ("right", "wrong"):
+        if (value := overall.get(f"accuracy_where_prior_is_{name}")) is not None:
+            notes.append(f"accuracy where the same model is {name} without the picture: {value:.3f}")
     if result["yes_no"]:
         notes.append("yes/no: " + ", ".join(f"{key} {value:.3f}" for key, value in result["yes_no"].items()))
-    if result["overall"]["num_unscored"]:
-        counts: dict[str, int] = {}
-        for reason in result["items_not_scored"].values():
-            counts[reason] = counts.get(reason, 0) + 1
+    if unparsed := overall.get("num_unparsed", 0):
+        notes.append(f"answers in which the rule found none, counted as misses: {unparsed}")
+    if overall["num_unscored"]:
+        counts = Counter(result["items_not_scored"].values())
         notes.append(f"items that could not be scored, counted as misses: {_counts(counts)}")
     if result["rows_not_scored"]:
         notes.append(f"rows of the file outside what is scored: {_counts(result['rows_not_scored'])}")

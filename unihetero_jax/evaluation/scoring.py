@@ -53,7 +53,8 @@ def summarize(items: Sequence[Item], scores: Sequence[OptionScores]) -> dict[str
 
     Returns:
         accuracy: share of items whose likeliest option is right; an unscored item is a miss.
-        standard_error: sqrt(p (1 - p) / n) of that share.
+        standard_error: of that share, see `clustered_error`.
+        num_clusters: pictures (or questions without one) that the items are about.
         accuracy_mean_normalized: the same when options are ranked by mean log-probability per token.
         chance: mean of 1 / (number of options).
         blind_floor: see `blind_floor`. blind_floor_held_out: see `blind_floor_held_out`.
@@ -72,7 +73,8 @@ def summarize(items: Sequence[Item], scores: Sequence[OptionScores]) -> dict[str
     answer_log_prob = math.fsum(score.sum_log_probs[item.answer] for item, score in scored)
     return {
         "accuracy": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / num_items),
+        "standard_error": clustered_error(hits(items, scores), [item.cluster for item in items]),
+        "num_clusters": len({item.cluster for item in items}),
         "accuracy_mean_normalized": sum(s.by_mean == i.answer for i, s in zip(items, scores, strict=True)) / num_items,
         "chance": sum(1 / len(item.options) for item in items) / num_items,
         "blind_floor": blind_floor(items),
@@ -97,6 +99,19 @@ def summarize_by_category(items: Sequence[Item], scores: Sequence[OptionScores])
 def hits(items: Sequence[Item], scores: Sequence[OptionScores]) -> list[int]:
     """1 where the likeliest option is the right one, else 0."""
     return [int(score.by_sum == item.answer) for item, score in zip(items, scores, strict=True)]
+
+
+def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
+    """Standard error of a mean whose items are independent between clusters only.
+
+    sqrt(sum over clusters of (sum of (x - mean) in it)^2) / n (arXiv 2411.00640, equation 4): with one item in each it
+    is sqrt(p (1 - p) / n), and items of a cluster that agree widen it.
+    """
+    mean = math.fsum(values) / len(values)
+    sums: dict[str, float] = {}
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    return math.sqrt(math.fsum(total**2 for total in sums.values())) / len(values)
 
 
 def blind_floor(items: Sequence[Item]) -> float:
@@ -159,21 +174,31 @@ BLIND_KEYS: Mapping[str, BlindKey] = {
 
 
 def yes_no_metrics(items: Sequence[Item], predictions: Sequence[int | None]) -> dict[str, float] | None:
-    """POPE's figures with "yes" as the positive class, or None unless every item offers exactly yes and no.
-
-    accuracy, precision, recall, f1, and yes_ratio (share of items answered "yes"). A prediction of None is neither:
-    it is a miss, and counts as negative. A ratio without a denominator is 0 (POPE's own code would divide by zero).
-    """
+    """`yes_no_figures` of items that all offer exactly yes and no; None for others. A prediction of None is neither."""
     if any(tuple(option.lower() for option in item.options) not in (("yes", "no"), ("no", "yes")) for item in items):
         return None
-    answered = [None if p is None else item.options[p].lower() for item, p in zip(items, predictions, strict=True)]
-    truth = [item.answer_text.lower() for item in items]
-    true_positive = sum(a == t == "yes" for a, t in zip(answered, truth, strict=True))
-    num_answered_yes, num_yes = answered.count("yes"), truth.count("yes")
+    answers = ["" if p is None else item.options[p].lower() for item, p in zip(items, predictions, strict=True)]
+    return yes_no_figures([item.answer_text.lower() for item in items], answers)
+
+
+def yes_no_figures(truth: Sequence[str], answers: Sequence[str], unparsed_is_no: bool = True) -> dict[str, float]:
+    """POPE's figures with "yes" as the positive class; a ratio without a denominator is 0.
+
+    Args:
+        truth: "yes" or "no" for each item.
+        answers: "yes", "no", or anything else for neither.
+        unparsed_is_no: an answer that is neither counts as a missed yes in the recall (not so in lmms-eval).
+    """
+    pairs = Counter(zip(truth, answers, strict=True))
+    true_positive, false_positive = pairs["yes", "yes"], pairs["no", "yes"]
+    num_yes = sum(t == "yes" for t in truth) if unparsed_is_no else true_positive + pairs["yes", "no"]
+    precision = true_positive / (true_positive + false_positive) if true_positive + false_positive else 0.0
+    recall = true_positive / num_yes if num_yes else 0.0
     return {
-        "accuracy": sum(a == t for a, t in zip(answered, truth, strict=True)) / len(items),
-        "precision": true_positive / num_answered_yes if num_answered_yes else 0.0,
-        "recall": true_positive / num_yes if num_yes else 0.0,
-        "f1": 2 * true_positive / (num_answered_yes + num_yes) if num_answered_yes + num_yes else 0.0,
-        "yes_ratio": num_answered_yes / len(items),
+        "accuracy": (pairs["yes", "yes"] + pairs["no", "no"]) / len(truth),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "yes_ratio": (true_positive + false_positive) / len(truth),
+        "yes_ratio_of_labels": sum(t == "yes" for t in truth) / len(truth),
     }

@@ -1,5 +1,6 @@
 """Text generation with a key/value cache, from text and images."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from unihetero_jax.arrays import Batch, typechecked
 from unihetero_jax.config import MERGED_PATCHES, Config
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import PackedSample, TokenPiece, assemble_row, image_pieces, sample_cost, stack_rows
-from unihetero_jax.data.records import decode_image, format_prompt
+from unihetero_jax.data.records import RecordError, decode_image, format_prompt
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
 from unihetero_jax.inference.sampling import GREEDY, Sampling, sample
@@ -55,6 +56,41 @@ def generate_text(
     return [tokenizer.decode(_until(row, tokenizer.eos_id)).strip() for row in fetch(tokens)]
 
 
+def generate_texts(
+    config: Config,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    batch_rows: int,
+    max_new_tokens: int = 64,
+) -> list[str]:
+    """`generate_text`, greedily, of any number of prompts: `batch_rows` at a time, in few shapes.
+
+    Prompts of like length share a batch; a batch's shape is a power of two in positions and in patches, and its last
+    rows may be repeats, so that a whole benchmark compiles a handful of programs. An image that cannot be decoded gives
+    an empty text.
+    """
+    samples: dict[int, PackedSample] = {}
+    for number, prompt in enumerate(prompts):
+        with contextlib.suppress(RecordError):
+            samples[number] = prompt_sample(config, tokenizer, prompt)
+    patch_size = config.model.encoder.patch_size
+    costs = {number: sample_cost(sample, patch_size) for number, sample in samples.items()}
+    forbidden = (tokenizer.pad_id, tokenizer.boi_id, tokenizer.eoi_id)
+    order = sorted(samples, key=costs.__getitem__)
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_rows):
+        chosen = order[start : start + batch_rows]
+        tokens, patches = (1 << (max(costs[n][i] for n in chosen) - 1).bit_length() for i in (0, 1))
+        filled = chosen + [chosen[-1]] * (batch_rows - len(chosen))
+        batch = prompt_batch(config, tokenizer, [samples[n] for n in filled], (tokens, patches))
+        key = jax.random.key(0)
+        out, _ = decode(config, params, batch, key, max_new_tokens, tokenizer.eos_id, forbidden, GREEDY)
+        for number, row in zip(chosen, fetch(out), strict=False):
+            texts[number] = tokenizer.decode(_until(row, tokenizer.eos_id)).strip()
+    return texts
+
+
 def prompt_sample(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> PackedSample:
     """A prompt as it stood in training: the image between its markers, then the prompt's text."""
     pieces = []
@@ -65,11 +101,16 @@ def prompt_sample(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> Packe
     return PackedSample([*pieces, TokenPiece(ids)] if ids else pieces)
 
 
-def prompt_batch(config: Config, tokenizer: Tokenizer, samples: Sequence[PackedSample]) -> Batch:
-    """One sample per row, padded at its end to the longest, so that position p lies in cache slot p."""
+def prompt_batch(
+    config: Config, tokenizer: Tokenizer, samples: Sequence[PackedSample], at_least: tuple[int, int] = (0, 0)
+) -> Batch:
+    """One sample per row, padded at its end to the longest, so that position p lies in cache slot p.
+
+    `at_least` are positions and patches that a row has in any case.
+    """
     patch_size = config.model.encoder.patch_size
     costs = [sample_cost(one, patch_size) for one in samples]
-    row_tokens, row_patches = max(cost[0] for cost in costs), max(cost[1] for cost in costs)
+    row_tokens, row_patches = (max(at_least[i], *(cost[i] for cost in costs)) for i in (0, 1))
     rows = [
         assemble_row([one], row_tokens, max(row_patches, MERGED_PATCHES), patch_size, tokenizer.pad_id)
         for one in samples
