@@ -128,7 +128,7 @@ def test_a_folder_without_a_run_is_named(command, tmp_path, refused):
 
 def test_unknown_commands_and_flags(experiment, refused):
     assert "trian" in refused("trian")
-    assert "train|evaluate|score|generate" in refused()
+    assert "train|evaluate|score|compare|generate" in refused()
     assert "--workdir" in refused("train", experiment)
     message = refused("train", experiment, "--workdir=w", "--confg.seed=1", "--wrkdir=x", "stray")
     assert "--confg.seed: unknown flag" in message and "--wrkdir: unknown flag; did you mean --workdir?" in message

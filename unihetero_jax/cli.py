@@ -1,4 +1,4 @@
-"""The commands: train, evaluate, score, generate, data-stats, checkpoints, compile, explain."""
+"""The commands: train, evaluate, score, compare, generate, data-stats, checkpoints, compile, explain."""
 
 import argparse
 import dataclasses
@@ -25,7 +25,7 @@ from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import RecordError, format_prompt, probe_image
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
-from unihetero_jax.evaluation import official
+from unihetero_jax.evaluation import comparison, official
 from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import check_candidates, rollout_retrieval
 from unihetero_jax.evaluation.runner import (
@@ -100,7 +100,7 @@ def _exit_code(error: Exception) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unihetero_jax", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(
-        required=True, metavar="train|evaluate|score|generate|data-stats|checkpoints|compile|explain"
+        required=True, metavar="train|evaluate|score|compare|generate|data-stats|checkpoints|compile|explain"
     )
 
     trains = commands.add_parser("train", allow_abbrev=False, help="train, or go on training, the run in a workdir")
@@ -133,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
         f"{name}: {', '.join(scorer.rules)}" for name, scorer in official.BENCHMARKS.items()))  # fmt: skip
     scores.add_argument("--output", default="", help="a JSON file for the figures and every item")
     scores.set_defaults(command=_score)
+
+    compares = commands.add_parser("compare", allow_abbrev=False, help="whether two runs differ on what both answered")
+    compares.add_argument("run_a", metavar="RUN_A", help="WORKDIR, or WORKDIR@STEP")
+    compares.add_argument("run_b", metavar="RUN_B")
+    compares.add_argument("--mode", choices=tuple(SCORERS), default="likelihood")
+    compares.add_argument("--output", default="", help="a JSON file for the rows of the table")
+    compares.set_defaults(command=_compare)
 
     generates = commands.add_parser("generate", allow_abbrev=False, help="continue a prompt, with or without an image")
     generates.add_argument("--image", default="", help="an image file")
@@ -249,6 +256,15 @@ def _score(flags: argparse.Namespace, overrides: list[str]) -> None:
     print(official.format_score(result))
     if flags.output:
         write_json(to_path(flags.output), result)
+
+
+def _compare(flags: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError(f"{overrides[0]}: compare takes no --config fields")
+    rows = comparison.compare_runs(flags.run_a, flags.run_b, flags.mode)
+    print(comparison.format_differences(rows, flags.run_a, flags.run_b))
+    if flags.output:
+        write_json(to_path(flags.output), {"differences": [dataclasses.asdict(row) for row in rows]})
 
 
 def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:

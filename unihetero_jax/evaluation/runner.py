@@ -248,7 +248,12 @@ def with_letters(item: Item) -> Item:
 
 def _judge(benchmark: Benchmark, answers: Sequence[Answer], mode: Mode) -> dict[str, Any]:
     result = (_judge_ranks if mode in ("likelihood", "letters") else _judge_words)(benchmark, answers)
-    return result | {"rows_not_scored": dict(benchmark.unscored_rows)}
+    bases = {item.original_index or item.index: item for item in reversed(benchmark.items)}
+    return result | {
+        "rows_not_scored": dict(benchmark.unscored_rows),
+        "categories": {index: bases[index].category for index in result["items"]},
+        "clusters": {index: bases[index].cluster for index in result["items"]},
+    }
 
 
 def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
