@@ -5,10 +5,8 @@ Whatever comes from data is escaped (`escaped`), and the page forbids the browse
 
 import base64
 import dataclasses
-import html
 import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.bias import AnswerPriors, Bias, QuestionPrior, coverage, jaccard
+from unihetero_jax.html_page import escaped, page, section, table
 
 MAX_TEXT = 600
 """Characters of a text that are shown."""
@@ -139,65 +138,22 @@ class DrawnRow:
         return sum(s.length for s in self.spans if s.kind in kinds and sample in (None, s.sample))
 
 
-def escaped(text: object) -> str:
-    """Any text as HTML that shows it; half surrogate pairs are shown as their escapes."""
-    return html.escape(str(text).encode("utf-8", "backslashreplace").decode(), quote=True)
-
-
 def render_page(sources: Sequence[SourceReport], facts: Mapping[str, str], row: DrawnRow | None) -> str:
     """The page. `facts` are shown at its top: what it was made with."""
     parts = [
         _header(sources, facts, row is not None),
-        _section("Sources", "sources", _overview(sources)),
-        *(_section(source.name, f"source-{i}", _source(source)) for i, source in enumerate(sources)),
-        _section("Words in common", "words", _words_in_common(sources)),
-        _section("Pictures in common", "pictures", _pictures_in_common(sources)),
+        section("Sources", "sources", _overview(sources)),
+        *(section(source.name, f"source-{i}", _source(source)) for i, source in enumerate(sources)),
+        section("Words in common", "words", _words_in_common(sources)),
+        section("Pictures in common", "pictures", _pictures_in_common(sources)),
     ]
     if row is not None:
-        parts.append(_section("A packed row", "row", _row(row)))
+        parts.append(section("A packed row", "row", _row(row)))
     body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        "style-src 'unsafe-inline'\">\n"
-        f"<title>Data report</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    return page("Data report", body)
 
 
 # ---------------------------------------------------------------- building blocks
-
-
-def _section(title: str, anchor: str, content: str) -> str:
-    return f'<section id="{anchor}"><h2>{escaped(title)}</h2>\n{content}</section>'
-
-
-def _table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], html_cells: bool = False) -> str:
-    """A table that scrolls by itself on a narrow screen; columns of numbers stand right.
-
-    `html_cells`: cells are HTML already, and all but the first of each row are numbers.
-    """
-    numeric = [False, *(html_cells or all(map(_is_number, column)) for column in list(zip(*rows, strict=True))[1:])]
-    head = "".join(_cell("th", escaped(name), number, "col") for name, number in zip(header, numeric, strict=True))
-    body = []
-    for row in rows:
-        first, *rest = row if html_cells else map(escaped, row)
-        cells = (_cell("td", text, number) for text, number in zip(rest, numeric[1:], strict=True))
-        body.append(f"<tr>{_cell('th', first, scope='row')}{''.join(cells)}</tr>")
-    return (
-        f'<div class="scroll" tabindex="0" role="group" aria-label="{escaped(caption)}"><table>'
-        f"<caption>{escaped(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
-def _cell(tag: str, content: str, is_number: bool = False, scope: str = "") -> str:
-    attributes = (' class="number"' if is_number else "") + (f' scope="{scope}"' if scope else "")
-    return f"<{tag}{attributes}>{content}</{tag}>"
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[\d.,%± ]+|–", text) is not None
 
 
 def _share(value: float) -> str:
@@ -305,7 +261,7 @@ def _overview(sources: Sequence[SourceReport]) -> str:
         )  # fmt: skip
     header = ("source", "training", "validation", "dropped", "sampled", "mean tokens", "mean patches", "fit no row",
               "blind accuracy", "licence")  # fmt: skip
-    return _table("Records, lengths, and what is answered right without looking", header, rows) + (
+    return table("Records, lengths, and what is answered right without looking", header, rows) + (
         '<p class="note">Lengths are those of all training records. All else was counted over as many as “sampled” '
         "says, evenly spaced in the shuffled order. Blind accuracy: of the best of three guessers that see only the "
         "question, fitted on one half of the pictures and judged on the other, both ways.</p>"
@@ -357,7 +313,7 @@ def _dropped(manifest: Mapping[str, Any]) -> str:
         (reason, f"{count:,}", "; ".join(map(str, examples.get(reason, ()))))
         for reason, count in sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
     ]
-    return _table("Dropped in the preparation", ("reason", "samples", "examples"), rows)
+    return table("Dropped in the preparation", ("reason", "samples", "examples"), rows)
 
 
 def _duplicates(source: SourceReport) -> str:
@@ -387,7 +343,7 @@ def _priors(answers: AnswerPriors) -> str:
     header = ("question", "asked", "different answers", "most common answer", "its share", "guessed, held out")
     return (
         f"<p>Without looking, held out: {escaped(guessed)} of {answers.num_answers:,} answers.</p>"
-        + _table(caption, header, rows)
+        + table(caption, header, rows)
         + _common("Most common answers", answers)
     )
 
@@ -405,7 +361,7 @@ def _common(caption: str, priors: AnswerPriors) -> str:
         (_clipped(text, 160), f"{count:,}", _share(count / priors.num_answers))
         for text, count in priors.common_answers[:MAX_ROWS]
     ]
-    return _table(f"{caption} ({len(priors.common_answers):,} different ones)", ("text", "times", "share"), rows)
+    return table(f"{caption} ({len(priors.common_answers):,} different ones)", ("text", "times", "share"), rows)
 
 
 def _clipped(text: str, length: int) -> str:
@@ -458,7 +414,7 @@ def _matrix(caption: str, corner: str, names: Sequence[str], values: Sequence[Se
             for value in of_row
         ]  # fmt: skip
         rows.append((escaped(name), *cells))
-    return _table(caption, (corner, *names), rows, html_cells=True)
+    return table(caption, (corner, *names), rows, html_cells=True)
 
 
 def _words_in_common(sources: Sequence[SourceReport]) -> str:
@@ -515,7 +471,7 @@ def _row(row: DrawnRow) -> str:
         "records of every source in equal numbers, with losses and orders as stored: an experiment has its own weights "
         "and roles."
     )
-    return f'<p>{words}</p><ul class="legend">{legend}</ul>{_drawing(row)}{_table("Samples of the row", header, rows)}'
+    return f'<p>{words}</p><ul class="legend">{legend}</ul>{_drawing(row)}{table("Samples of the row", header, rows)}'
 
 
 def _bar(x: float, bottom: float, width: float, kind: str) -> str:
@@ -549,36 +505,3 @@ def _drawing(row: DrawnRow) -> str:
         f'<svg width="{width}" height="{height}" role="img" aria-label="The row; its samples are in the table below">'
         f"{''.join(drawn)}</svg></div>"
     )
-
-
-_STYLE = """
-:root { --ink: #1f2430; --muted: #59616f; --line: #d6dae1; --accent: #2f5f9e; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 68rem; padding: 1.5rem; color: var(--ink); background: #fff;
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem; }
-a { color: var(--accent); }
-nav ul, .legend { padding: 0; list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-size: .9rem; } dd { margin: 0; }
-dt, .note, footer, caption, figcaption { color: var(--muted); } .note, footer { font-size: .85rem; }
-.scroll { overflow-x: auto; margin: .8rem 0; } table { border-collapse: collapse; font-size: .88rem; }
-caption { text-align: left; white-space: nowrap; padding-bottom: .2rem; }
-th, td { text-align: left; vertical-align: top; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line);
-  max-width: 30rem; overflow-wrap: break-word; }
-thead th { white-space: nowrap; } tbody th { font-weight: 600; }
-th.number, .number { text-align: right; white-space: nowrap; }
-.shade { display: inline-block; padding: 0 .35rem; background: rgb(47 95 158 / calc(var(--share) * .35)); }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem 2rem; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; } figure p { margin: 0; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--muted); } svg line { stroke: var(--muted); }
-.charts rect { fill: var(--accent); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
-article { border: 1px solid var(--line); border-radius: .4rem; padding: .8rem; }
-article figcaption { font-size: .8rem; } .text { white-space: pre-wrap; overflow-wrap: anywhere; }
-img { max-width: 100%; height: auto; image-rendering: pixelated; border: 1px solid var(--line); display: block; }
-mark { background: #ffe9c7; color: inherit; border-bottom: 2px solid #c2570c; }
-footer { margin-top: .6rem; overflow-wrap: anywhere; }
-.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
-"""

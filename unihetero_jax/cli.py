@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.evaluation import comparison, official
 from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import check_candidates, rollout_retrieval
+from unihetero_jax.evaluation.page import write_page
 from unihetero_jax.evaluation.runner import (
     SCORERS,
     LogProbs,
@@ -120,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
         f"{mode}: {words}" for mode, words in SCORERS.items()))  # fmt: skip
     evaluates.add_argument("--without-image", action="store_true", help="also score with the image left out")
     evaluates.add_argument("--steps", default="last", help="last, best (least validation loss), all, or by comma")
+    evaluates.add_argument(
+        "--watch", type=float, default=0.0, metavar="SECONDS",
+        help="beside a training run: look for new checkpoints so often, until the last one",
+    )  # fmt: skip
     evaluates.add_argument("--max-new-tokens", type=int, default=32, help="generation: of an answer")
     evaluates.add_argument("--rollout", action="store_true", help="also draw from captions of eval.rollout_source")
     evaluates.set_defaults(command=_evaluate)
@@ -197,21 +203,60 @@ def _train(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
-    requested = [name for name in flags.benchmarks.split(",") if name]
+    if flags.watch:
+        _watch(flags, overrides)
+        return
     for step in choose_steps(flags.workdir, flags.steps):
-        run = load_run(flags.workdir, step, flags.replicate, overrides)
-        if flags.rollout and not _rolls_out(run.config):
-            raise ValueError(
-                "--rollout: the run draws no images; it needs an objective with a visual loss and eval.rollout_source"
-            )
-        results = evaluate(
-            run.config, model_of(run, flags.max_new_tokens), run.tokenizer,
-            select_benchmarks(run.config.eval.benchmarks, requested), step=run.step, config_hash=run.config_hash,
-            output_dir=to_path(flags.workdir) / "eval", mode=flags.mode, without_image=flags.without_image,
-        )  # fmt: skip
-        announce(format_table(results))
-        if flags.rollout:
-            _roll_out(run, to_path(flags.workdir) / "eval")
+        _evaluate_step(flags, overrides, step)
+
+
+def _watch(flags: argparse.Namespace, overrides: list[str]) -> None:
+    """Evaluates every checkpoint once, also those to come, until the run's last step is there."""
+    done: set[int] = set()
+    while True:
+        # Process 0 looks, for all: another might already see a step that this one does not.
+        waiting = sorted(set(list_steps(flags.workdir)) - done) if distributed.is_lead() else []
+        steps = json.loads(distributed.broadcast("watch", json.dumps(waiting)))
+        for step in steps:
+            done.add(step)
+            try:
+                run = _evaluate_step(flags, overrides, step)
+            except ValueError as error:
+                if step in list_steps(flags.workdir):
+                    raise
+                announce(f"step {step} was removed before it could be evaluated ({error})")
+                continue
+            if step >= run.config.train.num_steps:
+                return
+        if not steps:
+            time.sleep(flags.watch)
+
+
+def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -> "Run":
+    """Evaluates one checkpoint as the flags say, and writes the run's page anew."""
+    requested = [name for name in flags.benchmarks.split(",") if name]
+    run = load_run(flags.workdir, step, flags.replicate, overrides)
+    if flags.rollout and not _rolls_out(run.config):
+        raise ValueError(
+            "--rollout: the run draws no images; it needs an objective with a visual loss and eval.rollout_source"
+        )
+    results = evaluate(
+        run.config, model_of(run, flags.max_new_tokens), run.tokenizer,
+        select_benchmarks(run.config.eval.benchmarks, requested), step=run.step, config_hash=run.config_hash,
+        output_dir=to_path(flags.workdir) / "eval", mode=flags.mode, without_image=flags.without_image,
+        on_progress=_show_progress,
+    )  # fmt: skip
+    announce(format_table(results))
+    if flags.rollout:
+        _roll_out(run, to_path(flags.workdir) / "eval")
+    if distributed.is_lead():
+        announce(f"page: {write_page(flags.workdir)}")
+    return run
+
+
+def _show_progress(name: str, done: int, total: int) -> None:
+    if done < total:  # a benchmark of one shard is done when it is first heard of
+        announce(f"{name}: {done:,} of {total:,} items")
 
 
 def choose_steps(workdir: str, wanted: str) -> list[int]:
@@ -340,7 +385,15 @@ def run_training(
         make = functools.partial(_make_scene_world, config)
         distributed.lead_first("scene-world", make, make)
     _check_evaluation(config)
-    return train(config, workdir, hooks, functools.partial(evaluate_state, config, workdir), change_mixture, profile)
+    evaluate_now = functools.partial(evaluate_state, config, workdir)
+    if every := config.eval.every_steps:
+
+        def evaluate_sometimes(step: int, state: TrainState) -> None:
+            if step % every == 0 and step < config.train.num_steps:
+                evaluate_now(state, step)
+
+        hooks = [*hooks, evaluate_sometimes]
+    return train(config, workdir, hooks, evaluate_now, change_mixture, profile)
 
 
 def _make_scene_world(config: Config) -> None:
@@ -376,6 +429,8 @@ def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -
             output_dir=folder,
         )  # fmt: skip
         announce(format_table(results))
+        if distributed.is_lead():
+            write_page(workdir)
     if _rolls_out(config):
         results["rollout"] = _roll_out(run, folder)
     return results

@@ -305,6 +305,9 @@ class MeshConfig:
 class EvalConfig:
     """Benchmarks that run at the end of training and by default in `evaluate`: by name, the file of questions.
 
+    They also run after every `every_steps` steps (0: only at the end), within `train.step_deadline_s`; what takes
+    longer belongs beside the run (`evaluate --watch`).
+
     `batch_rows` rows are scored at once; `shard_items` items are a part of a job, which a kill cannot take away once it
     is written; `validation_rows` bounds the fixed validation plan per source (0: every item).
     `rollout_source` (empty: none) names the source whose unseen captions are rolled out, to be found among
@@ -317,6 +320,7 @@ class EvalConfig:
     rollout_source: str
     rollout_candidates: int
     shard_items: int = 512
+    every_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -697,6 +701,7 @@ def _validate_run(config: Config) -> list[str]:
         (train.step_deadline_s >= 0, "train.step_deadline_s must not be negative (0: without limit)"),
         (config.checkpoint.keep_every_steps >= 0, "checkpoint.keep_every_steps must not be negative (0: off)"),
         (config.eval.validation_rows >= 0, "eval.validation_rows must not be negative (0: every item)"),
+        (config.eval.every_steps >= 0, "eval.every_steps must not be negative (0: only at the end)"),
         (
             config.eval.rollout_source in ("", *config.data.sources),
             f"eval.rollout_source {config.eval.rollout_source!r} is not in data.sources: "

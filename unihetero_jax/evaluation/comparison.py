@@ -119,8 +119,8 @@ def compare_results(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> li
         groups.setdefault(a["categories"][index], []).append(index)
 
     def compared(category: str, chosen: Sequence[str], level: float) -> Difference:
-        hits = [[result["items"][index] for index in chosen] for result in (a, b)]
-        return compare_hits(name, category, *hits, [a["clusters"][index] for index in chosen], level)
+        hits_a, hits_b = ([result["items"][index] for index in chosen] for result in (a, b))
+        return compare_hits(name, category, hits_a, hits_b, [a["clusters"][index] for index in chosen], level)
 
     rows = [compared(category, chosen, LEVEL / len(groups)) for category, chosen in groups.items()]
     return [*(rows if len(groups) > 1 else []), compared("overall", indices, LEVEL)]

@@ -11,14 +11,11 @@ POPE's `evaluate.py` (arXiv 2305.10355).
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 OptionRule = Callable[[str, Sequence[str]], int | None]
 """From an answer in words and the option texts to the position of the option that is meant, or None."""
 YesNoRule = Callable[[str], str | None]
 """From an answer in words to "yes", "no" or None."""
-
-RuleName = Literal["vlmevalkit", "lmms-eval"]
 
 _API_FAILURE = "Failed to obtain answer via API"
 _REFUSALS = (
@@ -157,7 +154,7 @@ def first_character(answer: str, options: Sequence[str]) -> int | None:
     return position if 0 <= position < len(options) else None
 
 
-OPTION_RULES: Mapping[RuleName, OptionRule] = {"vlmevalkit": vlmevalkit_option, "lmms-eval": lmms_eval_option}
+OPTION_RULES: Mapping[str, OptionRule] = {"vlmevalkit": vlmevalkit_option, "lmms-eval": lmms_eval_option}
 
 
 def pope_answer(answer: str) -> str | None:

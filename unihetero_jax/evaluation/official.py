@@ -182,19 +182,20 @@ def _score_single(task: Task) -> dict[str, Any]:
 def _score_losses(task: Task) -> dict[str, Any]:
     """SEED-Bench's own protocol: the harness gives a loss for each option."""
     questions = _closed_questions(task)
-    chosen = {}
-    for question in questions:
-        prediction = task.predictions.get(question.index)
-        losses = prediction.answer if prediction else None
-        is_complete = isinstance(losses, list) and len(losses) == len(question.options)
-        if losses is not None and not is_complete:
-            raise ValueError(
-                f"{task.source}: item {question.index}: {len(question.options)} losses were expected, "
-                f"got {losses!r:.80}"
-            )
-        is_usable = isinstance(losses, list) and all(map(math.isfinite, losses))
-        chosen[question.index] = min(range(len(losses)), key=losses.__getitem__) if is_usable else None
+    chosen = {question.index: _smallest_loss(task, question) for question in questions}
     return _summary(task, _scored(questions, chosen), questions)
+
+
+def _smallest_loss(task: Task, question: Question) -> int | None:
+    """Place of the smallest loss, the first of equal ones; None without a prediction or where one is not finite."""
+    if question.index not in task.predictions:
+        return None
+    losses = task.predictions[question.index].answer
+    if not isinstance(losses, list) or len(losses) != len(question.options):
+        raise ValueError(
+            f"{task.source}: item {question.index}: {len(question.options)} losses were expected, got {losses!r:.80}"
+        )
+    return losses.index(min(losses)) if all(map(math.isfinite, losses)) else None
 
 
 def _score_stated(source: str, predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def evaluate(
     results = {}
     for name, benchmark in files.items():
         facts = _facts(name, benchmark, config, mode) | {"config_hash": config_hash, "step": step}
-        stem = to_path(output_dir) / _stem(name, step, mode) if output_dir is not None else None
+        stem = to_path(output_dir) / stem_of(name, step, mode) if output_dir is not None else None
         report = (lambda done, total, name=name: on_progress(name, done, total)) if on_progress else None
         answer = _answerer(config, model, tokenizer, mode, without_image)
         identity = facts | {
@@ -174,7 +174,8 @@ def evaluate(
     return results
 
 
-def _stem(name: str, step: int, mode: Mode) -> str:
+def stem_of(name: str, step: int, mode: Mode) -> str:
+    """Name of a result's files, without suffix."""
     return f"{name}-{step}" if mode == "likelihood" else f"{name}-{mode}-{step}"
 
 
@@ -420,11 +421,12 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         lines = align([header, *body], numbers=True)
         rule = "-" * len(lines[0])
         title = f"{name}  (step {result['step']}; {result.get('rule', result['scorer'])})"
-        blocks.append("\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1], *_notes(result)]))
+        blocks.append("\n".join([title, lines[0], rule, *lines[1:-1], rule, lines[-1], *notes_of(result)]))
     return "\n\n".join(blocks)
 
 
-def _notes(result: Mapping[str, Any]) -> list[str]:
+def notes_of(result: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures has to know beside them."""
     overall = result["overall"]
     notes = [f"s.e.: clustered by {overall['num_clusters']} pictures or questions without one"]
     if "blind_floor" in overall:
