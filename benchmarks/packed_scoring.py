@@ -65,9 +65,8 @@ def make_plain(run: Run, items: Sequence[Item], batch_rows: int) -> Callable[[],
     pairs = [(item, option) for item in items for option in item.options]
 
     def row(item: Item, option: str) -> dict[str, np.ndarray]:
-        segments: list[Any] = [TextSegment(prompt_text(item)), TextSegment(format_answer(option), loss=True)]
-        if item.image is not None:
-            segments.insert(0, ImageSegment(item.image, *probe_image(item.image)))
+        pictures = [ImageSegment(image, *probe_image(image)) for image in item.images]
+        segments = [*pictures, TextSegment(prompt_text(item)), TextSegment(format_answer(option), loss=True)]
         sample = sample_from_record(Record("x", "vqa", tuple(segments)), tokenizer, image_spec(config), source_id=0)
         return assemble_row(
             [sample], row_tokens, row_patches, config.model.encoder.patch_size, tokenizer.pad_id, config.data.turns
@@ -97,8 +96,8 @@ def _cost(run: Run, item: Item) -> tuple[int, int]:
     """Positions and patches of the item's longest row."""
     config: Config = run.config
     texts = [run.tokenizer.encode(prompt_text(item) + format_answer(option)) for option in item.options]
-    visual = image_tokens(*probe_image(item.image), image_spec(config)) if item.image is not None else 0
-    return max(map(len, texts)) + 4 + visual + 2, 4 * visual
+    visual = [image_tokens(*probe_image(image), image_spec(config)) for image in item.images]
+    return max(map(len, texts)) + 4 + sum(visual) + 2 * len(visual), 4 * sum(visual)
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ def draw_scenes(config: Config, params: Params, path: Path) -> None:
     scenes = [make_scene(0, "test", level, index) for index in SHEET_SCENES]
     pictures = [render(scene, 0, "test") for scene in scenes]
     files = [encode_png(picture) for picture in pictures]
-    captions = generate_text(config, params, tokenizer, [Prompt(CAPTION_PROMPT, file) for file in files])
+    captions = generate_text(config, params, tokenizer, [Prompt(CAPTION_PROMPT, (file,)) for file in files])
     rngs = [scene_rng(0, "test", level, index, "questions") for index in SHEET_SCENES]
     questions = [make_questions(scene, rng, QUESTIONS_PER_SCENE) for scene, rng in zip(scenes, rngs, strict=True)]
     items = [
@@ -147,7 +147,7 @@ def draw_scenes(config: Config, params: Params, path: Path) -> None:
             question.text,
             question.options,
             question.options.index(question.answer),
-            files[i],
+            (files[i],),
             question.kind,
         )
         for i, asked in enumerate(questions)

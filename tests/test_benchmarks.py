@@ -61,16 +61,16 @@ def test_mmbench_rows_are_read_as_strings(tmp_path):
     assert benchmark.name == "easy" and benchmark.num_unscored == 0
     assert first.question == 'two\nlines and "quotes"' and first.hint == "look" and first.category == "animal"
     assert first.options == ("3", "None", "NA", "07") and first.answer == 3 and first.answer_text == "07"
-    assert first.image == RED
+    assert first.images == (RED,)
     assert second.options == ("none", "null") and second.answer == 1 and second.category == "all"
-    assert second.image is first.image, "a reference to another row shares its picture"
+    assert second.images[0] is first.images[0], "a reference to another row shares its picture"
 
 
 def test_a_cell_larger_than_the_csv_module_allows_by_default(tmp_path):
     limit = csv.field_size_limit()
     big = os.urandom(200_000)
     path = write_tsv(tmp_path / "big.tsv", [mmbench_row(image=base64.b64encode(big).decode())])
-    assert read_benchmark(path).items[0].image == big
+    assert read_benchmark(path).items[0].images == (big,)
     assert csv.field_size_limit() == limit
 
 
@@ -78,13 +78,21 @@ def test_rows_outside_what_is_scored_are_counted_by_reason(tmp_path):
     rows = [
         mmbench_row(),
         mmbench_row(index="1000000", A="dog", B="cat", answer="B"),
-        mmbench_row(index="1", image="['a', 'b']"),
         mmbench_row(index="2", A="", B=""),
     ]
     benchmark = read_benchmark(write_tsv(tmp_path / "mixed.tsv", rows))
     assert [item.index for item in benchmark.items] == ["0"]
-    assert benchmark.unscored_rows == {"circular_row": 1, "several_images": 1, "no_options": 1}
-    assert benchmark.num_unscored == 3
+    assert benchmark.unscored_rows == {"circular_row": 1, "no_options": 1}
+    assert benchmark.num_unscored == 2
+
+
+def test_questions_about_several_pictures(tmp_path):
+    """As in NLVR2: both are read, in order, and told apart from one of them alone."""
+    cells = [base64.b64encode(data).decode() for data in (RED, BLUE)]
+    both, one = mmbench_row(image=str(cells)), mmbench_row(index="1", image=cells[0])
+    first, second = read_benchmark(write_tsv(tmp_path / "two.tsv", [both, one])).items
+    assert first.images == (RED, BLUE) and second.images == (RED,)
+    assert first.cluster != second.cluster
 
 
 @pytest.mark.parametrize(
@@ -168,20 +176,21 @@ def test_seed_bench_with_pictures_in_a_zip(tmp_path):
         seed_question(),
         seed_question(question_id="2", data_id="part/blue.png", answer="D"),
         seed_question(question_id="3", data_type="video", question_type_id=10),
-        seed_question(question_id="4", data_id=["a", "b"]),
+        seed_question(question_id="4", data_id=["part/blue.png", "part/0001_red"]),
     ]
     benchmark = read_benchmark(write_seed(tmp_path / "seed.json", questions))
-    first, second = benchmark.items
+    first, second, third = benchmark.items
     assert (first.index, first.options, first.answer) == ("101669", ("1", "2", "3", "4"), 1)
-    assert first.category == "Instances Counting" and first.image == RED
-    assert second.image == BLUE and second.answer == 3
-    assert benchmark.unscored_rows == {"several_images": 1, "video": 1}
+    assert first.category == "Instances Counting" and first.images == (RED,)
+    assert second.images == (BLUE,) and second.answer == 3
+    assert third.images == (BLUE, RED)
+    assert benchmark.unscored_rows == {"video": 1}
 
 
 def test_seed_bench_with_pictures_in_a_folder(tmp_path):
     (tmp_path / "images_cc3m").mkdir()
     (tmp_path / "images_cc3m" / "0001_red.png").write_bytes(RED)
-    assert read_benchmark(write_seed(tmp_path / "seed.json", [seed_question()])).items[0].image == RED
+    assert read_benchmark(write_seed(tmp_path / "seed.json", [seed_question()])).items[0].images == (RED,)
 
 
 def test_picture_names_that_cannot_be_resolved(tmp_path):
@@ -230,7 +239,7 @@ def test_pope(tmp_path, name):
         ("1", "Is there a dog?", ("yes", "no"), 0),
         ("2", "Is there a cat?", ("yes", "no"), 1),
     ]
-    assert items[0].image == RED and items[1].image is items[0].image
+    assert items[0].images == (RED,) and items[1].images[0] is items[0].images[0]
     path.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[1] | {"label": "maybe"}))
     with pytest.raises(ValueError, match=r"line 2, field label: expected yes or no, got 'maybe'"):
         read_benchmark(path)
@@ -256,18 +265,18 @@ def test_shared_files_have_the_counts_their_readme_states():
     folder = DATA / "evalmini"
     vanilla, circular = (read_benchmark(folder / f"MMBench_DEVMINI{kind}.tsv") for kind in ("", "_circular"))
     assert len(vanilla.items) == 1094 and vanilla.num_unscored == 0
-    assert len({item.image for item in vanilla.items}) == 630
+    assert len({item.images for item in vanilla.items}) == 630
     assert circular.items == vanilla.items and circular.unscored_rows == {"circular_row": 4076 - 1094}
     seed = read_benchmark(folder / "SEED-Bench_DEVMINI.json")
     assert len(seed.items) == 944 and all(len(item.options) == 4 for item in seed.items)
     by_index = {item.index: item for item in vanilla.items}
     for item in seed.items:  # question_id is the MMBench index: two formats, one truth
         twin = by_index[item.index]
-        assert (item.question, item.options, item.answer, item.image) == (
+        assert (item.question, item.options, item.answer, item.images) == (
             twin.question,
             twin.options,
             twin.answer,
-            twin.image,
+            twin.images,
         )
     assert len(read_benchmark(folder / "cifar10_pope_random_DEVMINI.jsonl").items) == 800
     assert len(read_benchmark(folder / "nlvr_statements_DEVMINI.jsonl").items) == 150

@@ -1,5 +1,6 @@
 """Packed likelihood ranking against plain sequences, with stand-ins for the model that see what a token may see."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -61,7 +62,7 @@ def make_items(count: int) -> list[Item]:
             f"What is the color of shape {i}?",
             COLORS[: 2 + i % 3],
             i % 2,
-            picture(i, *sizes[i % 4]) if i % 5 else None,
+            (picture(i, *sizes[i % 4]),) if i % 5 else (),
             f"type {i % 2}",
             hint="Look closely." if i % 7 == 3 else "",
         )
@@ -102,8 +103,7 @@ def plain_scores(item: Item, tokenizer: Tokenizer, config: Config) -> list[float
     for option in item.options:
         text = f"{item.hint}\n{item.question}" if item.hint else item.question
         segments = [TextSegment(format_prompt(text)), TextSegment(format_answer(option), loss=True)]
-        if item.image is not None:
-            segments.insert(0, ImageSegment(item.image, *probe_image(item.image)))
+        segments = [*(ImageSegment(image, *probe_image(image)) for image in item.images), *segments]
         sample = sample_from_record(Record("x", "vqa", tuple(segments)), tokenizer, image_spec(config), source_id=0)
         row = assemble_row([sample], 256, 72, config.model.encoder.patch_size, tokenizer.pad_id)
         batch = stack_rows([row])
@@ -123,6 +123,14 @@ def test_packed_scores_are_those_of_plain_sequences(tokenizer, turns):
         assert not score.unscored
         np.testing.assert_allclose(score.sum_log_probs, plain_scores(item, tokenizer, config), rtol=1e-6)
         assert score.num_tokens == tuple(len(tokenizer.encode(" " + option)) for option in item.options)
+
+
+def test_two_pictures_before_a_question(tokenizer):
+    item = Item("0", "Are they alike?", ("yes", "no"), 0, (picture(1, 24, 24), picture(2, 40, 24)), "x")
+    (score,) = score_items([item], tokenizer, make_config(), hashed_log_probs)
+    np.testing.assert_allclose(score.sum_log_probs, plain_scores(item, tokenizer, make_config()), rtol=1e-6)
+    swapped = dataclasses.replace(item, images=item.images[::-1])
+    assert score_items([swapped], tokenizer, make_config(), hashed_log_probs)[0].sum_log_probs != score.sum_log_probs
 
 
 def test_packed_scores_are_those_of_one_item_per_row(tokenizer):
@@ -146,7 +154,7 @@ def test_rows_are_shared_batches_are_full_and_progress_is_told(tokenizer):
 
 @pytest.mark.parametrize("turns", ["branches", "repeated_prefix"])
 def test_an_item_larger_than_a_row_is_spread_over_samples(tokenizer, turns):
-    item = Item("0", "What is the color of shape 1?", COLORS, 0, picture(1, 48, 48), "x")  # 3 x 3 visual tokens
+    item = Item("0", "What is the color of shape 1?", COLORS, 0, (picture(1, 48, 48),), "x")  # 3 x 3 visual tokens
     wide = make_config(row_tokens=256, turns=turns)
     counts = []
 
@@ -196,7 +204,7 @@ def test_an_oracle_is_always_right_with_and_without_pictures(tokenizer):
 
 def test_a_uniform_model_prefers_short_options_by_sum_and_ties_by_mean(tokenizer):
     items = [
-        Item(str(i), f"question {i}", ("red", "a rather light shade of yellow"), i % 2, None, "x") for i in range(10)
+        Item(str(i), f"question {i}", ("red", "a rather light shade of yellow"), i % 2, (), "x") for i in range(10)
     ]
     scores = score_items(
         items, tokenizer, make_config(), lambda batch: np.full(batch["tokens"].shape, -6.0, np.float32)
@@ -218,7 +226,7 @@ def test_leaving_the_picture_out_removes_every_patch(tokenizer):
 
     blind = score_items(items, tokenizer, make_config(), log_probs, without_image=True)
     assert not np.any(seen)
-    twins = [Item(i.index, i.question, i.options, i.answer, None, i.category, i.hint) for i in items]
+    twins = [Item(i.index, i.question, i.options, i.answer, (), i.category, i.hint) for i in items]
     assert blind == score_items(twins, tokenizer, make_config(), hashed_log_probs)
 
 
@@ -226,9 +234,9 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(tokenizer):
     good = make_items(3)
     truncated = picture(9)[:-300]
     bad = [
-        Item("t", "q?", ("a", "b"), 0, truncated, "x"),
-        Item("z", "q?", ("a", "b"), 0, b"", "x"),
-        Item("n", "q?", ("a", "b"), 0, b"no", "x"),
+        Item("t", "q?", ("a", "b"), 0, (truncated,), "x"),
+        Item("z", "q?", ("a", "b"), 0, (b"",), "x"),
+        Item("n", "q?", ("a", "b"), 0, (b"no",), "x"),
     ]
     scores = score_items(
         [bad[0], good[0], bad[1], good[1], bad[2], good[2]], tokenizer, make_config(), hashed_log_probs
@@ -250,8 +258,8 @@ def write_benchmark(path, items: list[Item]):
 
 
 def test_evaluate_writes_what_its_figures_depend_on(tokenizer, tmp_path):
-    items = [Item(i.index, i.question, i.options[:2], i.answer, None, i.category) for i in make_items(8)]
-    items.append(Item("8", "very long " * 60, ("a", "b"), 0, None, "type 0"))
+    items = [Item(i.index, i.question, i.options[:2], i.answer, (), i.category) for i in make_items(8)]
+    items.append(Item("8", "very long " * 60, ("a", "b"), 0, (), "type 0"))
     path = write_benchmark(tmp_path / "mine.tsv", items)
     config = make_config()
     results = evaluate(

@@ -33,7 +33,7 @@ def test_the_reference_answers_and_describes(monkeypatch):
     assert summarize(chosen, scores)["accuracy"] > 0.7  # chance is .25
     scene = make_scene(0, "test", "easy", 900_002)
     picture = encode_png(render(scene, 0, "test"))
-    caption = generate_text(config, params, tokenizer, [Prompt(CAPTION_PROMPT, picture)])[0]
+    caption = generate_text(config, params, tokenizer, [Prompt(CAPTION_PROMPT, (picture,))])[0]
     named = [any(word in caption for word in words) for words in (COLORS, SHAPES, LOCATIONS)]
     assert all(named), caption
 

@@ -26,7 +26,7 @@ needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no evalmini data at 
 
 
 def item(index: int, answer: int, options=("a", "b", "c", "d"), category="x", question="which?") -> Item:
-    return Item(str(index), question, tuple(options), answer, None, category)
+    return Item(str(index), question, tuple(options), answer, (), category)
 
 
 def test_sum_and_mean_per_token_rank_differently():

@@ -318,7 +318,7 @@ def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
     if not image and not format_prompt(flags.prompt):
         raise ValueError("--prompt is empty and there is no --image: nothing to continue")
     sampling = Sampling(flags.temperature, flags.top_p)
-    prompts = [Prompt(flags.prompt, image)]
+    prompts = [Prompt(flags.prompt, (image,) if image else ())]
     print(generate_text(run.config, run.params, run.tokenizer, prompts, flags.max_new_tokens, sampling, flags.seed)[0])
 
 
@@ -496,8 +496,8 @@ def model_of(run: Run, max_new_tokens: int = 32) -> Model:
     """The evaluation's view of a model."""
     mesh, batch_rows = make_mesh(run.config.mesh), run.config.eval.batch_rows
 
-    def generate(prompts: Sequence[tuple[str, bytes | None]]) -> list[str]:
-        asked = [Prompt(text, image) for text, image in prompts]
+    def generate(prompts: Sequence[tuple[str, tuple[bytes, ...]]]) -> list[str]:
+        asked = [Prompt(text, images) for text, images in prompts]
         return generate_texts(run.config, run.params, run.tokenizer, asked, batch_rows, max_new_tokens)
 
     def own_rows(num_rows: int) -> list[int]:

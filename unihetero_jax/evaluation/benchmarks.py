@@ -1,7 +1,7 @@
 """What is scored of a benchmark file: MMBench TSV, SEED-Bench JSON and POPE JSON lines all give the same `Item`s.
 
 A fault in a file is an error that names file, row and column; a row that is well-formed but outside what is scored here
-(a video, several pictures, a circular repeat where the order of the options is not shown) is counted by reason.
+(a video, a circular repeat where the order of the options is not shown) is counted by reason.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from unihetero_jax.data.question_files import ImageStore, Question, read_questio
 from unihetero_jax.data.records import RecordError
 from unihetero_jax.evaluation.circular import group_rotations
 
-CIRCULAR, VIDEO, SEVERAL_IMAGES, NO_OPTIONS = "circular_row", "video", "several_images", "no_options"
+CIRCULAR, VIDEO, NO_OPTIONS = "circular_row", "video", "no_options"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Item:
         question: text of the question.
         options: answer texts, at least two, in file order.
         answer: position of the right option.
-        image: the picture's original bytes; None for a question without one.
+        images: the original bytes of its pictures, in order; they come before the question, whose text may refer to
+            them (`<image 1>`). Empty for a question without one.
         category: question type that results are grouped by.
         hint: text to be read before the question; often empty.
         group: a second grouping, see `Question`; may be empty.
@@ -37,7 +38,7 @@ class Item:
     question: str
     options: tuple[str, ...]
     answer: int
-    image: bytes | None
+    images: tuple[bytes, ...]
     category: str
     hint: str = ""
     group: str = ""
@@ -45,10 +46,11 @@ class Item:
 
     @property
     def cluster(self) -> str:
-        """What items share whose answers are not independent: the picture, else the original question."""
-        if self.image is None:
+        """What items share whose answers are not independent: the pictures, else the original question."""
+        if not self.images:
             return self.original_index or self.index
-        return hashlib.blake2b(self.image, digest_size=8).hexdigest()
+        digests = b"".join(hashlib.blake2b(image).digest() for image in self.images)
+        return hashlib.blake2b(digests, digest_size=8).hexdigest()
 
     @property
     def answer_text(self) -> str:
@@ -66,7 +68,7 @@ class Benchmark:
         items: the questions to score, in file order.
         data_hash: 16 hex digits over the questions file and every picture that was read from beside it.
         unscored_rows: well-formed rows that are no item here, counted by reason: `circular_row` (left out where the
-            prompt does not show the options, so that their order changes nothing), `video`, `several_images`,
+            prompt does not show the options, so that their order changes nothing), `video`,
             `no_options` (nothing to rank; some CCBench rows have their options in the picture).
     """
 
@@ -120,8 +122,6 @@ def _unscored(question: Question, rotations: bool) -> str:
         return CIRCULAR
     if question.is_video:
         return VIDEO
-    if len(question.pictures) > 1:
-        return SEVERAL_IMAGES
     return "" if question.options or question.fault else NO_OPTIONS
 
 
@@ -131,10 +131,10 @@ def _item(path: Path, question: Question, images: ImageStore) -> Item:
         raise ValueError(f"{place}, {_detail(question.fault)}") from question.fault
     if question.answer is None:
         raise ValueError(f"{place}, column answer: empty; a TEST file has no answers and cannot be scored here")
-    image = None
+    pictures = []
     for picture in question.pictures:
         try:
-            image = images.read(picture)
+            pictures.append(images.read(picture))
         except RecordError as error:
             raise ValueError(f"{place}, {picture.field}: {_detail(error)}") from error
     return Item(
@@ -142,7 +142,7 @@ def _item(path: Path, question: Question, images: ImageStore) -> Item:
         question=question.question,
         options=question.options,
         answer=question.answer,
-        image=image,
+        images=tuple(pictures),
         category=question.category,
         hint=question.hint,
         group=question.group,

@@ -55,16 +55,16 @@ TOO_LONG, EMPTY, NOT_FINITE = "too_long", "empty_text", "not_finite"
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """An item as token ids, with its picture (None: without) and the visual tokens that it takes."""
+    """An item as token ids, with its pictures and the visual tokens that each takes."""
 
     question: list[int]
     options: list[list[int]]
-    image: bytes | None
-    num_visual: int
+    images: tuple[bytes, ...]
+    num_visual: tuple[int, ...]
 
     @property
     def prefix_tokens(self) -> int:
-        return (self.num_visual + NUM_MARKERS if self.image is not None else 0) + len(self.question) - 1
+        return sum(self.num_visual) + NUM_MARKERS * len(self.images) + len(self.question) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,15 +152,13 @@ def _make_prompt(item: Item, tokenizer: Tokenizer, spec: ImageSpec, without_imag
     options = [tokenizer.encode(format_answer(option)) for option in item.options]
     if not question or not all(options):
         raise RecordError(EMPTY, f"item {item.index}")
-    if item.image is None or without_image:
-        return _Prompt(question, options, None, 0)
-    height, width = probe_image(item.image)
-    return _Prompt(question, options, item.image, image_tokens(height, width, spec))
+    images = () if without_image else item.images
+    return _Prompt(question, options, images, tuple(image_tokens(*probe_image(image), spec) for image in images))
 
 
 def _split(position: int, prompt: _Prompt, data: DataConfig) -> list[_Part]:
     """Groups an item's options, in order, into as few samples as fit a row each."""
-    num_patches = prompt.num_visual * MERGE_SIZE**2
+    num_patches = sum(prompt.num_visual) * MERGE_SIZE**2
     shared, repeated = prompt.prefix_tokens, 0
     if data.turns == "repeated_prefix":
         shared, repeated = 0, prompt.prefix_tokens
@@ -191,7 +189,7 @@ def _row_samples(
     for part in parts:
         prompt = prompts[part.item]
         try:
-            pieces = _picture(prompt, tokenizer, spec)
+            pieces = _pictures(prompt, tokenizer, spec)
         except RecordError as error:
             unscored[part.item] = error.reason
             continue
@@ -206,17 +204,16 @@ def _row_samples(
     return samples
 
 
-def _picture(prompt: _Prompt, tokenizer: Tokenizer, spec: ImageSpec) -> list[Piece]:
-    """The prompt's picture between its markers, as training lays it out; nothing without a picture."""
-    if prompt.image is None:
-        return []
-    pixels = resize_to_grid(decode_image(prompt.image), spec)
-    num_visual = pixels.shape[0] * pixels.shape[1] // (MERGE_SIZE * spec.patch_size) ** 2
-    if num_visual != prompt.num_visual:
-        raise RecordError(
-            "size_mismatch", f"the header promises {prompt.num_visual} visual tokens, there are {num_visual}"
-        )
-    return image_pieces(pixels, tokenizer)
+def _pictures(prompt: _Prompt, tokenizer: Tokenizer, spec: ImageSpec) -> list[Piece]:
+    """The prompt's pictures, each between its markers, as training lays them out."""
+    pieces: list[Piece] = []
+    for image, promised in zip(prompt.images, prompt.num_visual, strict=True):
+        pixels = resize_to_grid(decode_image(image), spec)
+        num_visual = pixels.shape[0] * pixels.shape[1] // (MERGE_SIZE * spec.patch_size) ** 2
+        if num_visual != promised:
+            raise RecordError("size_mismatch", f"the header promises {promised} visual tokens, there are {num_visual}")
+        pieces += image_pieces(pixels, tokenizer)
+    return pieces
 
 
 def _checked(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -200,19 +200,17 @@ def _card(example: Example) -> str:
     question = f"{item.hint}\n{item.question}" if item.hint else item.question
     body = f'<p class="text">{escaped(_clipped(question))}</p><ul>{"".join(lines)}</ul>{said}{why}'
     footer = f"<footer>{escaped(item.category)}, item {escaped(item.index)}</footer>"
-    return f"<article>{_picture(item)}{body}{footer}</article>"
+    return f"<article>{"".join(map(_picture, item.images))}{body}{footer}</article>"
 
 
 def _clipped(text: str, length: int = MAX_TEXT) -> str:
     return text if len(text) <= length else text[:length] + " …"
 
 
-def _picture(item: Item) -> str:
+def _picture(data: bytes) -> str:
     """A thumbnail; small pictures are enlarged by whole factors, pixel by pixel."""
-    if item.image is None:
-        return ""
     try:
-        with Image.open(io.BytesIO(item.image)) as opened:
+        with Image.open(io.BytesIO(data)) as opened:
             image = opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         return f"<p>picture: {escaped(error)}</p>"
@@ -220,6 +218,6 @@ def _picture(item: Item) -> str:
     scale = max(1, THUMBNAIL // max(image.size))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
+    encoded = base64.b64encode(buffer.getvalue()).decode()
     size = f'width="{image.width * scale}" height="{image.height * scale}"'
-    return f'<img src="data:image/png;base64,{data}" {size} alt="picture of the question">'
+    return f'<img src="data:image/png;base64,{encoded}" {size} alt="picture of the question">'

@@ -71,12 +71,12 @@ class Model:
     Attributes:
         log_probs: see `LogProbs`; called with this process's rows of `eval.batch_rows`, on all processes at once.
         own_rows: which of so many rows those are.
-        generate: continues prompts, (text, picture or None) each, on all processes at once.
+        generate: continues prompts, (text, pictures before it) each, on all processes at once.
     """
 
     log_probs: LogProbs
     own_rows: Callable[[int], Sequence[int]] = range
-    generate: Callable[[Sequence[tuple[str, bytes | None]]], list[str]] | None = None
+    generate: Callable[[Sequence[tuple[str, tuple[bytes, ...]]]], list[str]] | None = None
 
 
 def select_benchmarks(configured: Mapping[str, str], requested: Sequence[str]) -> dict[str, str]:
@@ -209,7 +209,7 @@ def _answerer(
     def generated(items: Sequence[Item]) -> list[Answer]:
         assert model.generate is not None
         shown = options_prompt if mode in SHOWS_OPTIONS else prompt_text
-        texts = model.generate([(shown(item), item.image) for item in items])
+        texts = model.generate([(shown(item), item.images) for item in items])
         return [{"index": item.index, "text": text} for item, text in zip(items, texts, strict=True)]
 
     def ranked(items: Sequence[Item]) -> list[Answer]:

@@ -25,10 +25,10 @@ from unihetero_jax.sharding import fetch
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What the model is given: an optional image (its file's bytes), then text."""
+    """What the model is given: images (their files' bytes) in order, then text."""
 
     text: str
-    image: bytes | None = None
+    images: tuple[bytes, ...] = ()
 
 
 def generate_text(
@@ -92,11 +92,10 @@ def generate_texts(
 
 
 def prompt_sample(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> PackedSample:
-    """A prompt as it stood in training: the image between its markers, then the prompt's text."""
+    """A prompt as it stood in training: each image between its markers, then the prompt's text."""
     pieces = []
-    if prompt.image is not None:
-        pixels = resize_to_grid(decode_image(prompt.image), image_spec(config))
-        pieces += image_pieces(pixels, tokenizer)
+    for image in prompt.images:
+        pieces += image_pieces(resize_to_grid(decode_image(image), image_spec(config)), tokenizer)
     ids = tokenizer.encode(format_prompt(prompt.text))
     return PackedSample([*pieces, TokenPiece(ids)] if ids else pieces)
 
