@@ -122,6 +122,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "rollout_candidates": 64,
                 "shard_items": 512,
                 "every_steps": 0,  # only at the end
+                "caption_prompt": "Describe the image.",
             },
             "diagnostics": {
                 "within_spread_warn": 0.20,

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"arrays", "config", "storage", "hlo", "text_table", "html_page"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
-        "data.open_questions",
+        "data.open_questions", "data.labelled_images",
         "data.row_plan", "command_line", "workdir", "distributed", "topology",
     },
     {

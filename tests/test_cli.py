@@ -2,13 +2,16 @@
 
 import io
 import json
+import math
 import os
 
 import pytest
 from PIL import Image
 
+from unihetero_jax import cli
 from unihetero_jax.checkpoint import list_steps
-from unihetero_jax.cli import main
+from unihetero_jax.cli import choose_steps, main
+from unihetero_jax.evaluation import runner
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.workdir import RunLock
 
@@ -78,6 +81,70 @@ def test_evaluate_writes_results_and_prints_them(trained, tiny_world, capsys):
     assert result["step"] == 1 and result["overall"]["num_items"] == 18 and len(result["items"]) == 18
     assert {"prompt_template", "scorer", "data_hash", "config_hash"} <= result.keys()
     assert 0 <= result["overall"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("mode", ["letters", "generation", "words"])
+def test_the_other_modes_have_files_of_their_own(trained, tiny_world, capsys, mode):
+    workdir, _ = trained
+    flags = [f"--benchmarks={tiny_world / 'questions.tsv'}", f"--mode={mode}", "--steps=all", "--max-new-tokens=4"]
+    assert main(["evaluate", f"--workdir={workdir}", *flags]) == 0
+    result = json.loads((workdir / "eval" / f"questions-{mode}-1.json").read_text())
+    assert result["mode"] == mode and len(result["items"]) == 18
+    assert ("OPTIONS" in result["prompt_template"].upper()) == (mode != "words")
+    assert mode == "letters" or "VLMEvalKit" in result["rule"]
+    assert "overall" in capsys.readouterr().out
+
+
+def test_a_finished_job_is_not_computed_again(trained, tiny_world, monkeypatch, capsys):
+    workdir, _ = trained
+    command = ["evaluate", f"--workdir={workdir}", f"--benchmarks={tiny_world / 'questions.tsv'}"]
+    assert main(command) == 0
+    monkeypatch.setattr(runner, "score_items", None)
+    assert main(command) == 0, "another computation would have failed"
+    page = (workdir / "eval" / "index.html").read_text()
+    for words in ("questions", "overall", "Most confident wrong answers", "data:image/png;base64,", "likelihood"):
+        assert words in page
+    assert "page: " in capsys.readouterr().out
+
+
+def test_held_out_text_has_the_likelihood_that_validation_found(trained, tiny_world, capsys):
+    workdir, _ = trained
+    flags = [f"--benchmarks={tiny_world / 'questions.tsv'}", "--held-out"]
+    assert main(["evaluate", f"--workdir={workdir}", *flags]) == 0
+    found = json.loads((workdir / "eval" / "held-out-1.json").read_text())["sources"]
+    (line,) = read_metrics(workdir)
+    for name, losses in line["eval_loss"].items():
+        assert found[name]["nll_per_token"] == pytest.approx(losses["text"], abs=1e-5)
+        assert found[name]["perplexity"] == pytest.approx(math.exp(losses["text"]), rel=1e-4)
+        assert 0 < found[name]["standard_error"] < 1
+    assert "held-out text of qa" in capsys.readouterr().out
+
+
+def test_watching_a_finished_run_evaluates_each_step_and_ends(trained, tiny_world, capsys):
+    workdir, _ = trained
+    flags = [f"--benchmarks={tiny_world / 'questions.tsv'}", "--watch=0.05"]
+    assert main(["evaluate", f"--workdir={workdir}", *flags]) == 0
+    assert capsys.readouterr().out.count("questions  (step 1;") == 1
+
+
+def test_steps_are_chosen_by_name(trained, tmp_path, refused):
+    workdir, _ = trained
+    assert choose_steps(str(workdir), "last") == [-1] and choose_steps(str(workdir), "all") == [1]
+    assert choose_steps(str(workdir), "best") == [1] and choose_steps(str(workdir), "3,7") == [3, 7]
+    assert "give last, best, all, or steps" in refused("evaluate", f"--workdir={workdir}", "--steps=newest")
+    assert "no complete checkpoint of step 7" in refused("evaluate", f"--workdir={workdir}", "--steps=7")
+    assert "no run here" in refused("evaluate", f"--workdir={tmp_path}", "--steps=all")
+
+
+def test_the_best_step_has_the_least_validation_loss(monkeypatch):
+    lines = [{"step": step, "eval_loss": {"qa": {"text": loss}, "pair": {"text": 1.0}}} for step, loss in
+             ((10, 3.0), (20, 1.0), (30, 2.0))]  # fmt: skip
+    monkeypatch.setattr(cli, "read_metrics", lambda workdir: [*lines, {"step": 40}])
+    monkeypatch.setattr(cli, "list_steps", lambda workdir: [10, 30, 40])
+    assert choose_steps("x", "best") == [30], "step 20 is no longer there, step 40 was not validated"
+    monkeypatch.setattr(cli, "list_steps", lambda workdir: [40])
+    with pytest.raises(ValueError, match="no stored step of x was validated"):
+        choose_steps("x", "best")
 
 
 def test_generate_with_an_image(trained, tmp_path, capsys):

@@ -26,29 +26,51 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def train_on(repo_root_of_module, tiny_flags):
-    """`train_on(n, workdir, stops={process: ...})`: the command on n processes with 4 / n devices each, all at once."""
+def servers(repo_root_of_module):
     with ForkServer(repo_root_of_module) as first, ForkServer(repo_root_of_module) as second:
-        servers = [first, second]
+        yield [first, second]
 
-        def run(count, workdir, stops=None, changes=None, missing=(), own_changes=None):
-            port, finished = free_port(), {}
 
-            def one(process):
-                mine = SIX_STEPS | {"mesh__data": 2, "mesh__fsdp": 2} | (changes or {})
-                mine |= (own_changes or {}).get(process, {})
-                command = ["train", "--config=experiments/quickstart.py", f"--workdir={workdir}", *tiny_flags(**mine)]
-                if count > 1:
-                    command += [f"--coordinator_address=localhost:{port}", f"--num_processes={count}"]
-                    command += [f"--process_id={process}", "--startup_deadline=100"]
-                stop = {"kill_after_s": 400.0} | (stops or {}).get(process, {})
-                finished[process] = servers[process].run(command, devices=4 // count, **stop)
+def run_together(servers, count, command_of, stops=None, missing=()):
+    """A command on `count` processes of one run with 4 / count devices each, all at once; how each of them ended."""
+    port, finished = free_port(), {}
 
-            with concurrent.futures.ThreadPoolExecutor(2) as pool:
-                list(pool.map(one, [process for process in range(count) if process not in missing]))
-            return finished
+    def one(process):
+        command = command_of(process)
+        if count > 1:
+            command += [f"--coordinator_address=localhost:{port}", f"--num_processes={count}"]
+            command += [f"--process_id={process}", "--startup_deadline=100"]
+        stop = {"kill_after_s": 400.0} | (stops or {}).get(process, {})
+        finished[process] = servers[process].run(command, devices=4 // count, **stop)
 
-        yield run
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, [process for process in range(count) if process not in missing]))
+    return finished
+
+
+@pytest.fixture(scope="module")
+def train_on(servers, tiny_flags):
+    """`train_on(n, workdir, stops={process: ...})`: `train` on n processes."""
+
+    def run(count, workdir, stops=None, changes=None, missing=(), own_changes=None):
+        def command_of(process):
+            mine = SIX_STEPS | {"mesh__data": 2, "mesh__fsdp": 2} | (changes or {})
+            mine |= (own_changes or {}).get(process, {})
+            return ["train", "--config=experiments/quickstart.py", f"--workdir={workdir}", *tiny_flags(**mine)]
+
+        return run_together(servers, count, command_of, stops, missing)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def evaluate_on(servers):
+    """`evaluate_on(n, workdir, questions)`: `evaluate` of the last step on n processes."""
+
+    def run(count, workdir, questions):
+        return run_together(servers, count, lambda _: ["evaluate", f"--workdir={workdir}", f"--benchmarks={questions}"])
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +173,24 @@ def test_heads_split_over_processes(train_on, tmp_path):
     one, two = train_on(1, tmp_path / "1", changes=changes), train_on(2, tmp_path / "2", changes=changes)
     assert codes(one) | codes(two) == {0: 0, 1: 0}, outputs(one) + outputs(two)
     assert_same_run(read_metrics(tmp_path / "2"), read_metrics(tmp_path / "1"))
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(train_on, evaluate_on, tiny_world, tmp_path):
+    """Each decodes its rows; process 0 writes what one process alone writes."""
+    assert codes(train_on(1, tmp_path, changes={"train__num_steps": 2})) == {0: 0}
+    results = {}
+    for count in (1, 2):
+        for path in (tmp_path / "eval").glob("questions*"):
+            path.unlink()
+        finished = evaluate_on(count, tmp_path, tiny_world / "questions.tsv")
+        assert codes(finished) == dict.fromkeys(range(count), 0), outputs(finished)
+        results[count] = json.loads((tmp_path / "eval" / "questions-2.json").read_text())
+        answers = [json.loads(line) for line in (tmp_path / "eval" / "questions-2.jsonl").read_text().splitlines()]
+        results[count, "log_probs"] = [answer["log_probs"] for answer in answers[1:]]
+    assert results[1]["items"] == results[2]["items"] and results[1]["predictions"] == results[2]["predictions"]
+    for one, two in zip(results[1, "log_probs"], results[2, "log_probs"], strict=True):
+        assert one == pytest.approx(two, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.evaluation import comparison, official
 from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import check_candidates, rollout_retrieval
+from unihetero_jax.evaluation.held_out import held_out_likelihood
 from unihetero_jax.evaluation.page import write_page
 from unihetero_jax.evaluation.runner import (
     SCORERS,
@@ -127,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         help="beside a training run: look for new checkpoints so often, until the last one",
     )  # fmt: skip
     evaluates.add_argument("--max-new-tokens", type=int, default=32, help="generation: of an answer")
+    evaluates.add_argument("--held-out", action="store_true", help="also perplexity of every source's validation text")
     evaluates.add_argument("--rollout", action="store_true", help="also draw from captions of eval.rollout_source")
     evaluates.set_defaults(command=_evaluate)
 
@@ -247,11 +249,27 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
         on_progress=_show_progress,
     )  # fmt: skip
     announce(format_table(results))
+    if flags.held_out:
+        _measure_held_out(run, to_path(flags.workdir) / "eval")
     if flags.rollout:
         _roll_out(run, to_path(flags.workdir) / "eval")
     if distributed.is_lead():
         announce(f"page: {write_page(flags.workdir)}")
     return run
+
+
+def _measure_held_out(run: "Run", folder: epath.Path) -> None:
+    """Perplexity of the validation text, written to `held-out-<step>.json` and printed."""
+    model = model_of(run)
+    sources = held_out_likelihood(run.config, model.log_probs, run.tokenizer, model.own_rows)
+    write_json(folder / f"held-out-{run.step}.json", {
+        "step": run.step, "config_hash": run.config_hash, "sources": sources
+    })  # fmt: skip
+    for name, found in sources.items():
+        announce(
+            f"held-out text of {name}: {found['nll_per_token']:.4f} ± {found['standard_error']:.4f} nats a token, "
+            f"perplexity {found['perplexity']:.3f} ({found['num_tokens']:,} tokens)"
+        )
 
 
 def _show_progress(name: str, done: int, total: int) -> None:

@@ -306,7 +306,8 @@ class EvalConfig:
     """Benchmarks that run at the end of training and by default in `evaluate`: by name, the file of questions.
 
     They also run after every `every_steps` steps (0: only at the end), within `train.step_deadline_s`; what takes
-    longer belongs beside the run (`evaluate --watch`).
+    longer belongs beside the run (`evaluate --watch`). `caption_prompt` asks for a caption where a benchmark has no
+    question.
 
     `batch_rows` rows are scored at once; `shard_items` items are a part of a job, which a kill cannot take away once it
     is written; `validation_rows` bounds the fixed validation plan per source (0: every item).
@@ -321,6 +322,7 @@ class EvalConfig:
     rollout_candidates: int
     shard_items: int = 512
     every_steps: int = 0
+    caption_prompt: str = "Describe the image."
 
 
 @dataclasses.dataclass(frozen=True)

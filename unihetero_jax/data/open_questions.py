@@ -1,4 +1,4 @@
-"""Questions that are answered in words: files of VQAv2, VQA-CP, OK-VQA, TextVQA and GQA, and VLMEvalKit's tables."""
+"""Questions that are answered in words: files of VQAv2, VQA-CP, OK-VQA, TextVQA, GQA and COCO captions, and tables."""
 
 import ast
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unihetero_jax.data.question_files import Picture, row_pictures, tsv_rows
+from unihetero_jax.data.question_files import OPTION_LETTERS, Picture, row_pictures, tsv_rows
 from unihetero_jax.data.records import RecordError
 
 
@@ -19,8 +19,9 @@ class OpenQuestion:
     Attributes:
         place: entry or row in the file.
         index: the file's own identifier.
-        question: its text; empty in a file of annotations alone.
-        answers: those of the people asked (ten in VQAv2); one where the file states a single truth.
+        question: its text; empty in a file of annotations alone, and for captions.
+        answers: those of the people asked (ten in VQAv2), captions that people wrote; one where the file states a
+            single truth.
         category: what results are grouped by: VQA's `answer_type`, GQA's structural type, a table's `category`.
         picture: where the image is; None where the file does not say.
     """
@@ -33,11 +34,31 @@ class OpenQuestion:
     picture: Picture | None
 
 
+def holds_open_questions(path: Path) -> bool:
+    """Whether a file is one of these, and not one of questions with options or of yes/no (`question_files`)."""
+    try:
+        text = path.read_text("utf-8-sig")
+        match path.suffix.lower():
+            case ".tsv":
+                header = set(text.partition("\n")[0].rstrip("\r").split("\t"))
+                answers = {row.get("answer", "").strip().lower() for row in tsv_rows(path, text)}
+                return not header & set(OPTION_LETTERS) and not answers <= {"yes", "no", ""}
+            case ".jsonl":
+                first = json.loads(text.lstrip().partition("\n")[0])
+                return isinstance(first, dict) and bool({"answer", "answers"} & set(first)) and "label" not in first
+            case ".json":
+                document = json.loads(text)
+                return isinstance(document, list) or "questions" not in document or "annotations" in document
+    except (OSError, ValueError, RecursionError):  # for the reader of closed questions to say
+        return False
+    return False
+
+
 def read_open_questions(path: str | Path) -> list[OpenQuestion]:
     """Open questions with their answers.
 
-    `.json` holding an object with `annotations` (VQAv2, OK-VQA; `questions` beside them, in the same file or in the one
-    given next, are optional), an object with `data` (TextVQA), a list (VQA-CP), or an object of objects (GQA); `.jsonl`
+    `.json` holding an object with `annotations` (VQAv2, OK-VQA; `questions` may stand in it, too; with `images`: COCO
+    captions), an object with `data` (TextVQA), a list (VQA-CP), or an object of objects (GQA); `.jsonl`
     with one such entry per line; `.tsv` with `index`, `question`, `answer`, where the answer may be a list.
 
     Raises:
@@ -86,7 +107,9 @@ def _json_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any
             document = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
-    if isinstance(document, dict) and isinstance(document.get("annotations"), list):
+    if isinstance(document, dict) and isinstance(document.get("images"), list):
+        entries = _captioned(document)
+    elif isinstance(document, dict) and isinstance(document.get("annotations"), list):
         texts = {str(q["question_id"]): q for q in document.get("questions", [])}
         entries = [texts.get(str(a.get("question_id")), {}) | a for a in document["annotations"]]
     elif isinstance(document, dict) and isinstance(document.get("data"), list):
@@ -99,6 +122,18 @@ def _json_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: entry {number}: expected an object, got {entry!r:.80}")
         yield f"entry {number}", entry
+
+
+def _captioned(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """COCO's captions as questions, one for each picture that has any."""
+    captions: dict[str, list[str]] = {}
+    for annotation in document.get("annotations", []):
+        captions.setdefault(str(annotation.get("image_id")), []).append(str(annotation.get("caption", "")))
+    return [
+        {"question_id": image["id"], "answers": captions[str(image["id"])], "image": image.get("file_name")}
+        for image in document["images"]
+        if str(image.get("id")) in captions
+    ]
 
 
 def _question(place: str, entry: Mapping[str, Any]) -> OpenQuestion:

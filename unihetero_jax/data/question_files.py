@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import re
+import string
 import zipfile
 import zlib
 from collections import defaultdict
@@ -23,7 +24,7 @@ from typing import Any
 
 from unihetero_jax.data.records import RecordError
 
-OPTION_LETTERS = "ABCDEFGH"
+OPTION_LETTERS = string.ascii_uppercase
 YES_NO = ("yes", "no")
 CIRCULAR_STEP = 1_000_000
 """MMBench CircularEval: row `index + k * 1,000,000` holds item `index` with its options rotated by k."""

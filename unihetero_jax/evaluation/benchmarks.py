@@ -7,13 +7,17 @@ A fault in a file is an error that names file, row and column; a row that is wel
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from unihetero_jax.data.question_files import ImageStore, Question, read_questions
+from unihetero_jax.data.labelled_images import class_names, read_labelled_images
+from unihetero_jax.data.open_questions import holds_open_questions, read_open_questions
+from unihetero_jax.data.question_files import OPTION_LETTERS, ImageStore, Picture, Question, read_questions
 from unihetero_jax.data.records import RecordError
 from unihetero_jax.evaluation.circular import group_rotations
 
+CLASS_TEMPLATE = "a photo of a {}."
+"""Caption of a class (CLIP's, arXiv 2103.00020)."""
 CIRCULAR, VIDEO, NO_OPTIONS = "circular_row", "video", "no_options"
 
 
@@ -30,6 +34,7 @@ class Item:
             them (`<image 1>`). Empty for a question without one.
         category: question type that results are grouped by.
         hint: text to be read before the question; often empty.
+        references: answers of people, where the question is open; then there are no options and `answer` is -1.
         group: a second grouping, see `Question`; may be empty.
         original_index: of the item whose options this one has in another order; empty: of none.
     """
@@ -41,6 +46,7 @@ class Item:
     images: tuple[bytes, ...]
     category: str
     hint: str = ""
+    references: tuple[str, ...] = ()
     group: str = ""
     original_index: str = ""
 
@@ -51,6 +57,10 @@ class Item:
             return self.original_index or self.index
         digests = b"".join(hashlib.blake2b(image).digest() for image in self.images)
         return hashlib.blake2b(digests, digest_size=8).hexdigest()
+
+    def option_label(self, position: int) -> str:
+        """Letter of an option, or its text where there are more options than letters."""
+        return OPTION_LETTERS[position] if len(self.options) <= len(OPTION_LETTERS) else self.options[position]
 
     @property
     def answer_text(self) -> str:
@@ -79,13 +89,21 @@ class Benchmark:
     unscored_rows: Mapping[str, int]
 
     @property
+    def is_open(self) -> bool:
+        """Whether its questions are answered in words, without options."""
+        return bool(self.items[0].references)
+
+    @property
     def num_unscored(self) -> int:
         """Rows of the file that are no item."""
         return sum(self.unscored_rows.values())
 
 
 def read_benchmark(path: str | Path, rotations: bool = False) -> Benchmark:
-    """Reads a questions file (formats: see `read_questions`) and the pictures beside it (see `ImageStore`).
+    """Reads a questions file (formats: see `read_questions`, `read_open_questions`) and its pictures (`ImageStore`).
+
+    A folder of pictures by class, or a parquet file of them, is zero-shot classification: an item for each picture, the
+    captions of all classes as its options, no question.
 
     Args:
         path: the file.
@@ -95,9 +113,12 @@ def read_benchmark(path: str | Path, rotations: bool = False) -> Benchmark:
         ValueError: the file is missing, of no known format, empty, or has a faulty row; names file, row and column.
     """
     path = Path(path)
+    if path.is_dir() or path.suffix.lower() == ".parquet":
+        return _read_classification(path)
     skipped: Counter[str] = Counter()
     with ImageStore(path.parent) as images:
-        items = tuple(_items(path, images, skipped, rotations))
+        is_open = holds_open_questions(path)
+        items = tuple(_open_items(path, images) if is_open else _items(path, images, skipped, rotations))
         image_digest = images.digest()
     _check_items(path, items, skipped)
     file_digest = hashlib.blake2b(path.read_bytes()).digest()
@@ -125,29 +146,58 @@ def _unscored(question: Question, rotations: bool) -> str:
     return "" if question.options or question.fault else NO_OPTIONS
 
 
+def _read_classification(path: Path) -> Benchmark:
+    names = class_names(path)
+    options = tuple(CLASS_TEMPLATE.format(name.replace("_", " ")) for name in names)
+    state, items = hashlib.blake2b("\0".join(options).encode(), digest_size=8), []
+    for image in read_labelled_images(path):
+        state.update(f"{image.index}\0{image.label}\0".encode() + hashlib.blake2b(image.data).digest())
+        items.append(Item(image.index, "", options, image.label, (image.data,), names[image.label]))
+    _check_items(path, tuple(items), Counter())
+    return Benchmark(path.stem, path, tuple(items), state.hexdigest(), {})
+
+
+def _open_items(path: Path, images: ImageStore) -> Iterator[Item]:
+    for question in read_open_questions(path):
+        pictures = (question.picture,) if question.picture else ()
+        yield Item(
+            index=question.index,
+            question=question.question,
+            options=(),
+            answer=-1,
+            images=_read_pictures(f"{path}: {question.place}", pictures, images),
+            category=question.category,
+            references=question.answers,
+        )
+
+
 def _item(path: Path, question: Question, images: ImageStore) -> Item:
     place = f"{path}: {question.place}"
     if question.fault:
         raise ValueError(f"{place}, {_detail(question.fault)}") from question.fault
     if question.answer is None:
         raise ValueError(f"{place}, column answer: empty; a TEST file has no answers and cannot be scored here")
-    pictures = []
-    for picture in question.pictures:
-        try:
-            pictures.append(images.read(picture))
-        except RecordError as error:
-            raise ValueError(f"{place}, {picture.field}: {_detail(error)}") from error
     return Item(
         index=question.index,
         question=question.question,
         options=question.options,
         answer=question.answer,
-        images=tuple(pictures),
+        images=_read_pictures(place, question.pictures, images),
         category=question.category,
         hint=question.hint,
         group=question.group,
         original_index=question.original_index,
     )
+
+
+def _read_pictures(place: str, pictures: Sequence[Picture], images: ImageStore) -> tuple[bytes, ...]:
+    found = []
+    for picture in pictures:
+        try:
+            found.append(images.read(picture))
+        except RecordError as error:
+            raise ValueError(f"{place}, {picture.field}: {_detail(error)}") from error
+    return tuple(found)
 
 
 def _detail(error: RecordError) -> str:

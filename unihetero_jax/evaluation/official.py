@@ -15,6 +15,7 @@ from unihetero_jax.data.open_questions import read_open_questions
 from unihetero_jax.data.question_files import Question, read_questions, unknown_columns
 from unihetero_jax.evaluation import extraction
 from unihetero_jax.evaluation.benchmarks import Item
+from unihetero_jax.evaluation.captioning import score_captions
 from unihetero_jax.evaluation.circular import group_rotations
 from unihetero_jax.evaluation.predictions import Prediction, by_index, read_predictions
 from unihetero_jax.evaluation.scoring import clustered_error, yes_no_figures
@@ -30,6 +31,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 """MME's categories (arXiv 2306.13394)."""
 
 YES_NO_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+CAPTION_FIGURES = ("cider", "bleu_1", "bleu_4", "rouge_l")
 
 MATCHING: Mapping[str, str] = {
     "vlmevalkit": "VLMEvalKit exact matching (no judge model)",
@@ -40,6 +42,8 @@ MATCHING: Mapping[str, str] = {
     "smallest-loss": "the option of smallest loss, the first of equal ones (SEED-Bench EVALUATION.md)",
     "evalai": "VQA accuracy, leave one out, after EvalAI's normalisation",
     "vqa": "VQA accuracy, leave one out, after the normalisation of VQA's own evaluation code",
+    "regex": "CIDEr-D, BLEU, ROUGE-L (pycocoevalcap) on words by our own expression, without punctuation",
+    "ptb": "CIDEr-D, BLEU, ROUGE-L (pycocoevalcap) on words by the Penn Treebank tokenizer, without punctuation",
     "exact": "equal but for case, punctuation and blanks",
 }
 """What each rule does, in words; with what `rule` in a result begins."""
@@ -84,7 +88,7 @@ def format_score(result: Mapping[str, Any]) -> str:
     rows += [(name, shown(value)) for key in ("by_group", "by_category") for name, value in result[key].items()]
     error = f" ± {result['standard_error']:.4f}" if "standard_error" in result and not is_points else ""
     rows.append(("overall", shown(result["overall"]) + error))
-    rows += [(key, shown(result[key])) for key in YES_NO_FIGURES if key in result]
+    rows += [(key, shown(result[key])) for key in (*YES_NO_FIGURES, *CAPTION_FIGURES) if key in result]
     lines = [f"{result['benchmark']}: {result['rule']}", *align(rows, numbers=True)]
     lines.append(f"{result['num_items']} items, {result['num_unparsed']} without an answer that could be read")
     for key, words in (("unanswered", "without a prediction, counted as misses"),
@@ -110,7 +114,7 @@ def score_predictions(benchmark: str, questions: str, predictions: str, rule: st
         rule: one of those of the benchmark; empty: its first.
 
     Returns:
-        overall: the main figure, a share in [0, 1] (`mme`: points, 2,800 at most).
+        overall: the main figure, a share in [0, 1] (`mme`: points, 2,800 at most; `captions`: CIDEr-D, 10 at most).
         standard_error: of that share (`mme`: of the accuracy), items on one picture being no independent ones.
         num_items, num_unparsed: items scored, and those of them in whose prediction (circular: in one of whose) the
             rule found no answer.
@@ -145,6 +149,10 @@ def score_task(benchmark: str, task: Task) -> dict[str, Any]:
 
 def benchmark_of(items: Sequence[Item]) -> tuple[str, str]:
     """The entry of `BENCHMARKS`, and its rule for answers in words, by which a model's own answers are judged."""
+    if items[0].references:
+        if not items[0].question:
+            return "captions", "regex"
+        return ("vqa", "evalai") if len(items[0].references) > 1 else ("gqa", "exact")
     if all(item.options in (("yes", "no"), ("no", "yes")) for item in items):
         is_mme = {item.category for item in items} <= {*PERCEPTION, *COGNITION}
         return ("mme", "mme") if is_mme else ("pope", "vlmevalkit")
@@ -305,9 +313,23 @@ def _choose_yes_no(task: Task, questions: Sequence[Question]) -> dict[str, int |
 # ---------------------------------------------------------------- open answers
 
 
+def _score_captions(task: Task) -> dict[str, Any]:
+    """COCO's caption metrics; the main figure is CIDEr-D."""
+    questions = [q for q in read_open_questions(task.questions) if task.asked is None or q.index in task.asked]
+    texts = {question.index: _text(task, question.index) for question in questions}
+    references = {question.index: question.answers for question in questions}
+    figures, by_item = score_captions(references, texts, task.rule)  # pyright: ignore[reportArgumentType]
+    scored = [
+        Scored(q.index, q.category, "", by_item[q.index], bool(texts[q.index].strip()), q.index) for q in questions
+    ]
+    result = _summary(task, scored, questions)
+    # By category and over all: pycocoevalcap weighs words by the references of all pictures scored together.
+    return result | {"overall": figures["cider"], **figures}
+
+
 def _score_open(task: Task) -> dict[str, Any]:
     """VQAv2, VQA-CP, OK-VQA, TextVQA (accuracy against ten people), GQA (exact match)."""
-    questions = read_open_questions(task.questions)
+    questions = [q for q in read_open_questions(task.questions) if task.asked is None or q.index in task.asked]
     scored = []
     for question in questions:
         text = _text(task, question.index)
@@ -428,4 +450,5 @@ BENCHMARKS: Mapping[str, Scorer] = {
     "mme": Scorer(_score_mme, ("mme", "vlmevalkit")),
     "vqa": Scorer(_score_open, ("evalai", "vqa", "vlmevalkit"), ("answer",)),
     "gqa": Scorer(_score_open, ("exact",), ("answer",)),
+    "captions": Scorer(_score_captions, ("regex", "ptb"), ("caption",)),
 }

@@ -15,7 +15,6 @@ from typing import Any
 from etils import epath
 from PIL import Image
 
-from unihetero_jax.data.question_files import OPTION_LETTERS
 from unihetero_jax.evaluation.benchmarks import Item, read_benchmark
 from unihetero_jax.evaluation.comparison import read_results
 from unihetero_jax.evaluation.runner import SHOWS_OPTIONS, notes_of, stem_of
@@ -181,7 +180,7 @@ def _example(item: Item, answer: Mapping[str, Any], result: Mapping[str, Any]) -
     log_probs = sorted(answer.get("log_probs", ()), reverse=True)
     if not log_probs:
         return Example(item, answer, bool(result["items"].get(item.index)), 0.0)
-    is_right = result["predictions"][item.index] == OPTION_LETTERS[item.answer]
+    is_right = result["predictions"][item.index] == item.option_label(item.answer)
     return Example(item, answer, is_right, log_probs[0] - log_probs[1])
 
 
@@ -200,7 +199,7 @@ def _card(example: Example) -> str:
     question = f"{item.hint}\n{item.question}" if item.hint else item.question
     body = f'<p class="text">{escaped(_clipped(question))}</p><ul>{"".join(lines)}</ul>{said}{why}'
     footer = f"<footer>{escaped(item.category)}, item {escaped(item.index)}</footer>"
-    return f"<article>{"".join(map(_picture, item.images))}{body}{footer}</article>"
+    return f"<article>{''.join(map(_picture, item.images))}{body}{footer}</article>"
 
 
 def _clipped(text: str, length: int = MAX_TEXT) -> str:

@@ -43,7 +43,7 @@ from unihetero_jax.text_table import align
 from unihetero_jax.workdir import write_atomically
 
 RESULT_VERSION = 2
-BENCHMARK_SUFFIXES = (".tsv", ".json", ".jsonl")
+BENCHMARK_SUFFIXES = (".tsv", ".json", ".jsonl", ".parquet")
 
 Mode = Literal["likelihood", "letters", "generation", "words"]
 SCORERS: Mapping[Mode, str] = {
@@ -89,7 +89,7 @@ def select_benchmarks(configured: Mapping[str, str], requested: Sequence[str]) -
     """
     selected: dict[str, str] = {}
     for request in requested or configured:
-        is_path = request not in configured and request.lower().endswith(BENCHMARK_SUFFIXES)
+        is_path = request not in configured and (request.lower().endswith(BENCHMARK_SUFFIXES) or Path(request).is_dir())
         name, path = (Path(request).stem, request) if is_path else (request, configured.get(request))
         if path is None:
             close = difflib.get_close_matches(request, configured, n=1, cutoff=0.5)
@@ -99,7 +99,8 @@ def select_benchmarks(configured: Mapping[str, str], requested: Sequence[str]) -
                 else f"configured (eval.benchmarks): {', '.join(configured) or 'none'}"
             )
             raise ValueError(
-                f"unknown benchmark {request!r}; {hint}. The path of a .tsv, .json or .jsonl file works too"
+                f"unknown benchmark {request!r}; {hint}. The path of a .tsv, .json, .jsonl or .parquet file works "
+                "too, or of a folder of pictures by class"
             )
         if name in selected:
             raise ValueError(f"benchmark {name!r} is asked for twice; name each once")
@@ -155,6 +156,11 @@ def evaluate(
                 f"benchmark name {name!r}: use letters, digits, '_', '-' and '.'; it names the result file"
             )
     files = {name: read_benchmark(path, rotations=mode in SHOWS_OPTIONS) for name, path in benchmarks.items()}
+    for name, benchmark in files.items():
+        if benchmark.is_open and mode != "words":
+            raise ValueError(
+                f"{name}: {benchmark.path} has no options to rank; such questions are answered by --mode=words"
+            )
     results = {}
     for name, benchmark in files.items():
         facts = _facts(name, benchmark, config, mode) | {"config_hash": config_hash, "step": step}
@@ -190,6 +196,7 @@ def _facts(name: str, benchmark: Benchmark, config: Config, mode: Mode) -> dict[
         "mode": mode,
         "prompt_template": OPTIONS_TEMPLATE if mode in SHOWS_OPTIONS else PROMPT_TEMPLATE,
         "scorer": SCORERS[mode],
+        "caption_prompt": config.eval.caption_prompt,
         "image_transform": {
             "patch_size": config.model.encoder.patch_size,
             "min_patches": data.image_min_patches,
@@ -209,11 +216,11 @@ def _answerer(
     def generated(items: Sequence[Item]) -> list[Answer]:
         assert model.generate is not None
         shown = options_prompt if mode in SHOWS_OPTIONS else prompt_text
-        texts = model.generate([(shown(item), item.images) for item in items])
+        texts = model.generate([(shown(item) or config.eval.caption_prompt, item.images) for item in items])
         return [{"index": item.index, "text": text} for item, text in zip(items, texts, strict=True)]
 
     def ranked(items: Sequence[Item]) -> list[Answer]:
-        asked = [with_letters(item) for item in items] if mode == "letters" else items
+        asked = [with_letters(item) if mode == "letters" else asked_for_caption(item, config) for item in items]
         seen = score_items(asked, tokenizer, config, model.log_probs, own_rows=model.own_rows)
         answers = [
             {"index": item.index, "log_probs": s.sum_log_probs, "num_tokens": s.num_tokens, "unscored": s.unscored}
@@ -236,6 +243,11 @@ def options_prompt(item: Item) -> str:
     hint = f"Hint: {item.hint}\n" if item.hint else ""
     asking = "Please select the correct answer from the options above. \n"
     return f"{hint}Question: {item.question}\nOptions:\n{options}{asking}"
+
+
+def asked_for_caption(item: Item, config: Config) -> Item:
+    """The item, with the caption prompt where it has no question: its options are captions then."""
+    return item if item.question else dataclasses.replace(item, question=config.eval.caption_prompt)
 
 
 def with_letters(item: Item) -> Item:
@@ -274,7 +286,7 @@ def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, A
         "positions": position_bias(items, list(chosen.values())),
         "items_not_scored": {i.index: s.unscored for i, s in zip(items, scores, strict=True) if s.unscored},
         "items": hits,
-        "predictions": {index: None if c is None else OPTION_LETTERS[c] for index, c in chosen.items()},
+        "predictions": {i.index: None if (c := chosen[i.index]) is None else i.option_label(c) for i in items},
     }
 
 
@@ -341,11 +353,10 @@ def _judge_words(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, A
     def summary(indices: Sequence[str]) -> dict[str, Any]:
         values = [score["items"][index] for index in indices]
         clusters = [bases[index].cluster for index in indices]
-        return {
+        chance = {} if benchmark.is_open else {"chance": sum(1 / len(bases[i].options) for i in indices) / len(indices)}
+        return chance | {
             "accuracy": sum(values) / len(values), "standard_error": clustered_error(values, clusters),
-            "num_clusters": len(set(clusters)),
-            "chance": sum(1 / len(bases[index].options) for index in indices) / len(indices),
-            "num_items": len(indices),
+            "num_clusters": len(set(clusters)), "num_items": len(indices),
         }  # fmt: skip
 
     groups: dict[str, list[str]] = {}
@@ -368,7 +379,7 @@ def _judge_words(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, A
 
 def _write_predictions(stem: epath.Path, benchmark: Benchmark, predictions: Mapping[str, str | None]) -> None:
     """In the file that the benchmark's public scorer reads: a table for VLMEvalKit, JSON lines for the others."""
-    if benchmark.path.suffix.lower() != ".tsv":
+    if benchmark.path.suffix.lower() != ".tsv" or benchmark.is_open:  # a table has options
         write_leaderboard(stem.parent / f"{stem.name}.predictions.jsonl", {i: p or "" for i, p in predictions.items()})
         return
     letters = OPTION_LETTERS[: max(len(item.options) for item in benchmark.items)]

@@ -1,0 +1,61 @@
+"""Captions: words by hand; figures against pycocoevalcap's known ones where it is installed."""
+
+import gzip
+import importlib.util
+import json
+
+import pytest
+from test_benchmarks import DATA
+
+from unihetero_jax.evaluation.captioning import score_captions, tokenize
+from unihetero_jax.evaluation.official import score_predictions
+
+needs_scorers = pytest.mark.skipif(
+    importlib.util.find_spec("pycocoevalcap") is None, reason="pycocoevalcap is an extra: pip install -e '.[captions]'"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A man's dog, 2 cats.", "a man 's dog 2 cats"),
+        ("It isn't a T-shirt!", "it is n't a t-shirt"),
+        ("They're \u201cred\u201d \u2013 4.5 m", "they 're red 4.5 m"),
+        ("don\u2019t", "do n't"),
+        ("...", ""),
+    ],
+)
+def test_words(text, expected):
+    assert tokenize(text) == expected
+
+
+@needs_scorers
+def test_equal_captions_score_most_and_others_nothing():
+    references = {"1": ["a red dog on a sofa", "the dog sits"], "2": ["two cats"], "3": ["a big green bus in town"]}
+    figures, by_picture = score_captions(references, {index: texts[0] for index, texts in references.items()})
+    assert figures["rouge_l"] == pytest.approx(1.0) and figures["bleu_4"] == pytest.approx(1.0, abs=1e-3)
+    assert by_picture["3"] == pytest.approx(10.0), "one reference, met to the word"
+    figures, by_picture = score_captions(references, dict.fromkeys(references, "zebra"))
+    assert figures["cider"] == figures["rouge_l"] == 0.0 and set(by_picture.values()) == {0.0}
+
+
+@needs_scorers
+@pytest.mark.skipif(not (DATA / "coco_captions").is_dir(), reason=f"no COCO captions at {DATA}")
+def test_people_against_people(tmp_path):
+    """The first caption of each picture against the rest: published figures of this set are .8884, .1960 and .4719."""
+    document = json.loads(gzip.decompress((DATA / "coco_captions" / "captions_val2017_4970.json.gz").read_bytes()))
+    captions = {}
+    for annotation in document["annotations"]:
+        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    several = {index: texts for index, texts in captions.items() if len(texts) > 1}
+    rest = [{"image_id": index, "caption": text} for index, texts in several.items() for text in texts[1:]]
+    images = [{"id": index, "file_name": f"{index}.jpg"} for index in several]
+    (tmp_path / "rest.json").write_text(json.dumps({"images": images, "annotations": rest}))
+    first = [{"image_id": index, "caption": texts[0]} for index, texts in several.items()]
+    (tmp_path / "first.json").write_text(json.dumps(first))
+    result = score_predictions("captions", str(tmp_path / "rest.json"), str(tmp_path / "first.json"))
+    assert result["num_items"] == len(several)
+    assert result["overall"] == result["cider"] == pytest.approx(0.8884, abs=0.01)
+    assert result["bleu_4"] == pytest.approx(0.1960, abs=0.004) and result["rouge_l"] == pytest.approx(
+        0.4719, abs=0.004
+    )

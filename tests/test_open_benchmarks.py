@@ -1,0 +1,130 @@
+"""Benchmarks without options and of labelled pictures, from the file to the figures."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_benchmarks import BLUE, RED, write_tsv
+from test_multiple_choice import hashed_log_probs, make_config, tokenizer  # noqa: F401
+
+from unihetero_jax.evaluation.benchmarks import read_benchmark
+from unihetero_jax.evaluation.runner import Model, evaluate, select_benchmarks
+
+
+def class_label(names):
+    return {"_type": "ClassLabel", "names": names}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "red.png").write_bytes(RED)
+    (tmp_path / "images" / "blue.png").write_bytes(BLUE)
+    return tmp_path
+
+
+def write_vqa(folder):
+    people = [{"answer": "red"}] * 5 + [{"answer": "crimson"}] * 5
+    questions = [{"question_id": i, "question": f"What color is it, {i}?", "image_id": "red"} for i in (1, 2)]
+    annotations = [{"question_id": i, "answers": people, "answer_type": "other"} for i in (1, 2)]
+    path = folder / "vqa.json"
+    path.write_text(json.dumps({"questions": questions, "annotations": annotations}))
+    return path
+
+
+def run(path, generate, tokenizer, output_dir=None, mode="words"):  # noqa: F811
+    model = Model(hashed_log_probs, generate=generate)
+    config = make_config(row_tokens=256)
+    facts = {"step": 1, "config_hash": "x", "output_dir": output_dir, "mode": mode}
+    return evaluate(config, model, tokenizer, {"set": str(path)}, **facts)["set"]
+
+
+def test_open_questions_are_asked_with_their_pictures_and_judged_by_people(pictures, tokenizer):  # noqa: F811
+    asked = []
+
+    def generate(prompts):
+        asked.extend(prompts)
+        return ["The Red!", "blue"]
+
+    path = write_vqa(pictures)
+    result = run(path, generate, tokenizer, pictures / "eval")
+    assert asked == [(f"What color is it, {i}?", (RED,)) for i in (1, 2)]
+    assert result["items"] == {"1": 1.0, "2": 0.0} and result["overall"]["accuracy"] == 0.5
+    assert result["by_category"]["other"]["num_clusters"] == 1 and "EvalAI" in result["rule"]
+    lines = (pictures / "eval" / "set-words-1.predictions.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"question_id": "1", "prediction": "The Red!"}
+    with pytest.raises(ValueError, match="has no options to rank; it is answered by --mode=words"):
+        run(path, generate, tokenizer, mode="likelihood")
+
+
+def test_captions_are_asked_for_by_the_prompt(pictures):
+    images = [{"id": 7, "file_name": "red.png"}, {"id": 8, "file_name": "blue.png"}]
+    annotations = [{"image_id": 7, "caption": "a red square"}, {"image_id": 7, "caption": "all red"}]
+    path = pictures / "captions.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    (item,) = read_benchmark(path).items
+    assert (item.index, item.question, item.images) == ("7", "", (RED,))
+    assert item.references == ("a red square", "all red")
+
+
+def test_a_table_of_open_questions(pictures):
+    rows = [{"index": "0", "question": "What?", "answer": "['red', 'scarlet']", "image_path": "red.png"},
+            {"index": "1", "question": "How many?", "answer": "3", "image_path": "blue.png"}]  # fmt: skip
+    benchmark = read_benchmark(write_tsv(pictures / "open.tsv", rows, ("index", "question", "answer", "image_path")))
+    assert [item.references for item in benchmark.items] == [("red", "scarlet"), ("3",)]
+    assert benchmark.is_open and benchmark.items[1].images == (BLUE,)
+
+
+@pytest.fixture(params=["folder", "parquet"])
+def classes(tmp_path, request):
+    """Three pictures of two classes."""
+    labelled = [("a_cat", RED), ("a_cat", BLUE), ("dog", RED)]
+    if request.param == "folder":
+        for number, (name, data) in enumerate(labelled):
+            (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "set" / name / f"{number}.png").write_bytes(data)
+        return tmp_path / "set"
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["a_cat", "dog"]}}
+    table = pa.table({
+        "image": [{"bytes": data, "path": None} for _, data in labelled],
+        "label": [["a_cat", "dog"].index(name) for name, _ in labelled],
+    }).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})  # fmt: skip
+    pq.write_table(table, tmp_path / "set.parquet")
+    return tmp_path / "set.parquet"
+
+
+def test_classes_are_ranked_by_the_likelihood_of_their_captions(classes, tokenizer):  # noqa: F811
+    benchmark = read_benchmark(classes)
+    assert [item.images for item in benchmark.items] == [(RED,), (BLUE,), (RED,)]
+    assert {item.options for item in benchmark.items} == {("a photo of a a cat.", "a photo of a dog.")}
+    assert [item.answer for item in benchmark.items] == [0, 0, 1] and benchmark.name == "set"
+    result = run(classes, None, tokenizer, mode="likelihood")
+    assert result["overall"]["num_items"] == 3 and set(result["by_category"]) == {"a_cat", "dog"}
+    assert select_benchmarks({}, [str(classes)]) == {"set": str(classes)}
+
+
+def test_more_classes_than_letters(tmp_path, tokenizer):  # noqa: F811
+    for number in range(30):
+        (tmp_path / "many" / f"class{number:02}").mkdir(parents=True)
+        (tmp_path / "many" / f"class{number:02}" / "x.png").write_bytes(RED)
+    result = run(tmp_path / "many", None, tokenizer, mode="likelihood")
+    assert set(result["predictions"].values()) <= {f"a photo of a class{number:02}." for number in range(30)}
+    assert sum(result["items"].values()) == 1, "thirty equal pictures have one answer, which is right once"
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (None, "no parquet file whose schema describes its columns"),
+        ({"image": {"_type": "Image"}}, "one column of type ClassLabel was expected, found none"),
+        ({"image": {"_type": "Image"}, "label": class_label(["one"])}, "1 classes"),
+        ({"image": {"_type": "Image"}, "label": class_label(["x", "y"])}, "row 0, column image: no picture"),
+    ],
+)  # fmt: skip
+def test_parquet_files_that_do_not_say(tmp_path, features, message):
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})} if features else None
+    table = pa.table({"image": [{"bytes": None, "path": "x"}], "label": [0]}).replace_schema_metadata(metadata)
+    pq.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_benchmark(tmp_path / "x.parquet")
