@@ -80,6 +80,24 @@ def test_pope_by_three_rules(expected):
     assert lmms["yes_ratio_of_labels"] == pytest.approx(coded) and lmms["num_unparsed"] == 73
 
 
+def test_the_three_files_of_pope_are_averaged(tmp_path):
+    rows = {"random": ["yes", "no"], "popular": ["yes", "yes"]}
+    files = []
+    for name, labels in rows.items():
+        lines = [{"question_id": i, "image": "x", "text": "Is it?", "label": label} for i, label in enumerate(labels)]
+        answers = [{"question_id": i, "answer": "Yes, it is"} for i in range(2)]
+        for kind, content in (("q", lines), ("p", answers)):
+            (tmp_path / f"{name}_{kind}.jsonl").write_text("\n".join(map(json.dumps, content)))
+        files.append((str(tmp_path / f"{name}_q.jsonl"), str(tmp_path / f"{name}_p.jsonl")))
+    questions, predictions = (",".join(paths) for paths in zip(*files, strict=True))
+    result = score_predictions("pope", questions, predictions)
+    assert result["by_group"] == {"random_q": 0.5, "popular_q": 1.0} and result["overall"] == 0.75
+    assert result["num_items"] == 4 and result["items"]["random_q/1"] == 0
+    assert result["f1"] == pytest.approx((2 / 3 + 1) / 2) and "mean over 2 files" in format_score(result)
+    with pytest.raises(ValueError, match="as many files of one as of the other"):
+        score_predictions("pope", questions, files[0][1])
+
+
 def rotations(index="0", options=("cat", "dog", "frog"), answer=1, **changes):
     """The rows of an item, option j of row k being option (j + k) mod n."""
     rows = []

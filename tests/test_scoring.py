@@ -20,6 +20,7 @@ from unihetero_jax.evaluation.scoring import (
     summarize_by_category,
     yes_no_metrics,
 )
+from unihetero_jax.evaluation.training_prior import TrainingPrior, split_by_prior
 
 DATA = Path(os.environ.get("UNIHETERO_DATA", Path(__file__).parents[2] / "shared" / "data")) / "evalmini"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no evalmini data at {DATA} (set UNIHETERO_DATA)")
@@ -130,6 +131,23 @@ def test_likelihood_rule_gives_the_golden_seed_bench_figures():
         str(types[name]): 100 * s["accuracy"] for name, s in summarize_by_category(benchmark.items, scores).items()
     }
     assert by_type == pytest.approx(expected["per_type_pct"], abs=1e-9)
+
+
+def test_what_the_answers_of_training_say():
+    prior = TrainingPrior([
+        ("What color?", "red"), ("What color?", "Red."), ("What color?", "blue"), ("How many dogs are there?", "two"),
+        ("", "a caption"),
+    ])  # fmt: skip
+    items = [
+        item(0, 0, ("red", "blue"), question="what color"), item(1, 1, ("red", "blue"), question="What color?"),
+        item(2, 1, ("one", "two"), question="How many dogs sleep?"), item(3, 0, ("x", "y"), question="Why?"),
+        item(4, 0, ("green", "pink"), question="What color?"),
+    ]  # fmt: skip
+    assert [prior.guess(one) for one in items] == [0, 0, 1, None, None]
+    split = split_by_prior(prior, items, [0, 0, 0, 0, None])
+    assert split["prior_accuracy"] == 2 / 3
+    assert split["right"] == {"num_items": 2, "accuracy": 0.5} and split["wrong"] == {"num_items": 1, "accuracy": 0.0}
+    assert split["silent"] == {"num_items": 2, "accuracy": 0.5}
 
 
 def test_items_of_a_cluster_widen_the_error():

@@ -17,6 +17,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from data_pipelines.bias import turns_of
+from data_pipelines.prepared import read_stored
 from data_pipelines.scene_world import ensure_index, ensure_scene_world
 from unihetero_jax import compile_ahead, data_stats, distributed, explain, export, stored_steps
 from unihetero_jax.arrays import Batch
@@ -40,6 +42,7 @@ from unihetero_jax.evaluation.runner import (
     select_benchmarks,
     write_json,
 )
+from unihetero_jax.evaluation.training_prior import TrainingPrior
 from unihetero_jax.inference.generate import Prompt, generate_text, generate_texts
 from unihetero_jax.inference.sampling import Sampling
 from unihetero_jax.metrics import announce, read_metrics
@@ -128,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
         help="beside a training run: look for new checkpoints so often, until the last one",
     )  # fmt: skip
     evaluates.add_argument("--max-new-tokens", type=int, default=32, help="generation: of an answer")
+    evaluates.add_argument(
+        "--training-prior", type=int, default=0, metavar="RECORDS",
+        help="also what the answers of training alone say, from so many records of each source",
+    )  # fmt: skip
     evaluates.add_argument("--held-out", action="store_true", help="also perplexity of every source's validation text")
     evaluates.add_argument("--rollout", action="store_true", help="also draw from captions of eval.rollout_source")
     evaluates.set_defaults(command=_evaluate)
@@ -246,7 +253,7 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
         run.config, model_of(run, flags.max_new_tokens), run.tokenizer,
         select_benchmarks(run.config.eval.benchmarks, requested), step=run.step, config_hash=run.config_hash,
         output_dir=to_path(flags.workdir) / "eval", mode=flags.mode, without_image=flags.without_image,
-        on_progress=_show_progress,
+        prior=_training_prior(run.config, flags.training_prior), on_progress=_show_progress,
     )  # fmt: skip
     announce(format_table(results))
     if flags.held_out:
@@ -256,6 +263,18 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
     if distributed.is_lead():
         announce(f"page: {write_page(flags.workdir)}")
     return run
+
+
+def _training_prior(config: Config, max_records: int) -> TrainingPrior | None:
+    """From evenly spaced records of every source's training split."""
+    if not max_records or not distributed.is_lead():
+        return None
+    return TrainingPrior(
+        (turn.question, turn.answer)
+        for source in config.data.sources.values()
+        for stored in read_stored(to_path(source.path), "train", max_records)
+        for turn in turns_of(stored.record)
+    )
 
 
 def _measure_held_out(run: "Run", folder: epath.Path) -> None:

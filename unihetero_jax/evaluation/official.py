@@ -5,6 +5,7 @@ is guessed. See `extraction` for how an answer in words becomes an option, `vqa`
 """
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -31,6 +32,8 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 """MME's categories (arXiv 2306.13394)."""
 
 YES_NO_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+MEANS = (*YES_NO_FIGURES, "yes_ratio_of_labels", "cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
+"""Figures that are averaged over files."""
 CAPTION_FIGURES = ("cider", "bleu_1", "bleu_4", "rouge_l")
 
 MATCHING: Mapping[str, str] = {
@@ -108,9 +111,11 @@ def score_predictions(benchmark: str, questions: str, predictions: str, rule: st
 
     Args:
         benchmark: one of `BENCHMARKS`.
-        questions: the benchmark's own file. For SEED-Bench it may be left empty where the predictions state the right
-            answers (`gt_answer`), as published ones do; every line then counts, repeated ones too.
-        predictions: see `read_predictions`.
+        questions: the benchmark's own file, or several by comma (POPE has three): each is scored with the predictions
+            at its place, the main figure is the mean, `by_group` has that of each file. For SEED-Bench it may be left
+            empty where the predictions state the right answers (`gt_answer`), as published ones do; every line then
+            counts, repeated ones too.
+        predictions: see `read_predictions`; as many by comma as there are questions.
         rule: one of those of the benchmark; empty: its first.
 
     Returns:
@@ -134,12 +139,40 @@ def score_predictions(benchmark: str, questions: str, predictions: str, rule: st
     rule = rule or scorer.rules[0]
     if rule not in scorer.rules:
         raise ValueError(f"--rule {rule}: for {benchmark} there are {', '.join(scorer.rules)}")
+    pairs = list(itertools.zip_longest(questions.split(","), predictions.split(","), fillvalue=""))
+    if len(pairs) > 1:
+        return _score_several(benchmark, pairs, rule)
     found = read_predictions(predictions, scorer.answer_fields)
     if benchmark == "seedbench" and (not questions or questions == predictions):
         return {"benchmark": benchmark} | _score_stated(predictions, found)
     if not questions:
         raise ValueError(f"--questions: {benchmark} needs the benchmark's own file")
     return score_task(benchmark, Task(questions, predictions, by_index(predictions, found), rule))
+
+
+def _score_several(benchmark: str, pairs: Sequence[tuple[str, str]], rule: str) -> dict[str, Any]:
+    """The mean over files, each with its predictions."""
+    if not all(questions and predictions for questions, predictions in pairs):
+        raise ValueError(
+            f"--questions and --predictions: as many files of one as of the other, got {len(pairs)} of the longer list"
+        )
+    names = [Path(questions).stem for questions, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--questions: files have to differ in name, got {', '.join(names)}")
+    parts = [score_predictions(benchmark, questions, predictions, rule) for questions, predictions in pairs]
+    result = {key: sum(part[key] for part in parts) / len(parts) for key in ("overall", *MEANS) if key in parts[0]}
+    result |= {key: sum(part[key] for part in parts) for key in parts[0] if key.startswith("num_")}
+    for key in ("unanswered", "unknown_predictions"):
+        result[key] = [
+            f"{name}/{index}" for name, part in zip(names, parts, strict=True) for index in part.get(key, [])
+        ]
+    items = {f"{n}/{index}": hit for n, part in zip(names, parts, strict=True) for index, hit in part["items"].items()}
+    by_category = {f"{n}/{k}": v for n, part in zip(names, parts, strict=True) for k, v in part["by_category"].items()}
+    by_group = {name: part["overall"] for name, part in zip(names, parts, strict=True)}
+    return {
+        "benchmark": benchmark, **result, "by_category": by_category, "by_group": by_group, "items": items,
+        "rule": f"{parts[0]['rule']}; mean over {len(parts)} files",
+    }  # fmt: skip
 
 
 def score_task(benchmark: str, task: Task) -> dict[str, Any]:

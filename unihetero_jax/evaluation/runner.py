@@ -38,6 +38,7 @@ from unihetero_jax.evaluation.scoring import (
     summarize_by_category,
     yes_no_metrics,
 )
+from unihetero_jax.evaluation.training_prior import TrainingPrior, split_by_prior
 from unihetero_jax.storage import to_path
 from unihetero_jax.text_table import align
 from unihetero_jax.workdir import write_atomically
@@ -119,6 +120,7 @@ def evaluate(
     output_dir: epath.PathLike | None,
     mode: Mode = "likelihood",
     without_image: bool = False,
+    prior: TrainingPrior | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores every benchmark and writes `<output_dir>/<name>-<step>.json` for each (with the mode in the name, but for
@@ -138,6 +140,7 @@ def evaluate(
         without_image: also score with the picture left out of the prompt (`likelihood`, `letters`): adds
             `accuracy_without_image`, the blind accuracy of this very model, and `accuracy_prior_normalized`, which
             ranks by how much the picture raises an option's log-probability.
+        prior: adds `training_prior`, see `split_by_prior` (`likelihood`, `letters`).
         on_progress: called with (benchmark, items done, items in all) after every shard.
 
     Returns:
@@ -173,7 +176,7 @@ def evaluate(
         }  # fmt: skip
         answers = run_job(stem, identity, benchmark.items, config.eval.shard_items, answer, report)
         if distributed.is_lead():
-            results[name] = facts | _judge(benchmark, answers, mode)
+            results[name] = facts | _judge(benchmark, answers, mode, prior)
             if stem is not None:
                 write_json(stem.parent / f"{stem.name}.json", results[name])
                 _write_predictions(stem, benchmark, results[name]["predictions"])
@@ -259,8 +262,9 @@ def with_letters(item: Item) -> Item:
 # ---------------------------------------------------------------- results
 
 
-def _judge(benchmark: Benchmark, answers: Sequence[Answer], mode: Mode) -> dict[str, Any]:
-    result = (_judge_ranks if mode in ("likelihood", "letters") else _judge_words)(benchmark, answers)
+def _judge(benchmark: Benchmark, answers: Sequence[Answer], mode: Mode, prior: TrainingPrior | None) -> dict[str, Any]:
+    is_ranked = mode in ("likelihood", "letters")
+    result = _judge_ranks(benchmark, answers, prior) if is_ranked else _judge_words(benchmark, answers)
     bases = {item.original_index or item.index: item for item in reversed(benchmark.items)}
     return result | {
         "rows_not_scored": dict(benchmark.unscored_rows),
@@ -269,7 +273,7 @@ def _judge(benchmark: Benchmark, answers: Sequence[Answer], mode: Mode) -> dict[
     }
 
 
-def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, Any]:
+def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer], prior: TrainingPrior | None) -> dict[str, Any]:
     items = benchmark.items
     scores = [_option_scores(answer, answer["num_tokens"]) for answer in answers]
     overall, by_category = summarize(items, scores), summarize_by_category(items, scores)
@@ -284,6 +288,7 @@ def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, A
         "by_category": by_category,
         "yes_no": yes_no_metrics(items, [score.by_sum for score in scores]),
         "positions": position_bias(items, list(chosen.values())),
+        "training_prior": split_by_prior(prior, items, list(chosen.values())) if prior else None,
         "items_not_scored": {i.index: s.unscored for i, s in zip(items, scores, strict=True) if s.unscored},
         "items": hits,
         "predictions": {i.index: None if (c := chosen[i.index]) is None else i.option_label(c) for i in items},
@@ -450,6 +455,8 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
     for name in ("right", "wrong"):
         if (value := overall.get(f"accuracy_where_prior_is_{name}")) is not None:
             notes.append(f"accuracy where the same model is {name} without the picture: {value:.3f}")
+    if split := result.get("training_prior"):
+        notes.append(_prior_note(split))
     if result["yes_no"]:
         notes.append("yes/no: " + ", ".join(f"{key} {value:.3f}" for key, value in result["yes_no"].items()))
     if unparsed := overall.get("num_unparsed", 0):
@@ -460,6 +467,17 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
     if result["rows_not_scored"]:
         notes.append(f"rows of the file outside what is scored: {_counts(result['rows_not_scored'])}")
     return notes
+
+
+def _prior_note(split: Mapping[str, Any]) -> str:
+    if split["prior_accuracy"] is None:
+        return "the answers of training say nothing about these questions"
+    shown = [
+        f"{split[kind]['accuracy']:.3f} where they are {kind} ({split[kind]['num_items']})"
+        for kind in ("right", "wrong", "silent")
+        if split[kind]["num_items"]
+    ]
+    return f"the answers of training alone reach {split['prior_accuracy']:.3f}; accuracy {', '.join(shown)}"
 
 
 def _counts(counts: Mapping[str, int]) -> str:
