@@ -34,6 +34,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 YES_NO_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 MEANS = (*YES_NO_FIGURES, "yes_ratio_of_labels", "cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 """Figures that are averaged over files."""
+UNMATCHED = ("unanswered", "unknown_predictions")
 CAPTION_FIGURES = ("cider", "bleu_1", "bleu_4", "rouge_l")
 
 MATCHING: Mapping[str, str] = {
@@ -159,20 +160,22 @@ def _score_several(benchmark: str, pairs: Sequence[tuple[str, str]], rule: str) 
     names = [Path(questions).stem for questions, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"--questions: files have to differ in name, got {', '.join(names)}")
-    parts = [score_predictions(benchmark, questions, predictions, rule) for questions, predictions in pairs]
-    result = {key: sum(part[key] for part in parts) / len(parts) for key in ("overall", *MEANS) if key in parts[0]}
-    result |= {key: sum(part[key] for part in parts) for key in parts[0] if key.startswith("num_")}
-    for key in ("unanswered", "unknown_predictions"):
-        result[key] = [
-            f"{name}/{index}" for name, part in zip(names, parts, strict=True) for index in part.get(key, [])
-        ]
-    items = {f"{n}/{index}": hit for n, part in zip(names, parts, strict=True) for index, hit in part["items"].items()}
-    by_category = {f"{n}/{k}": v for n, part in zip(names, parts, strict=True) for k, v in part["by_category"].items()}
-    by_group = {name: part["overall"] for name, part in zip(names, parts, strict=True)}
+    parts = {name: score_predictions(benchmark, *pair, rule) for name, pair in zip(names, pairs, strict=True)}
+    first = parts[names[0]]
+
+    def together(key: str) -> dict[str, Any]:
+        return {f"{name}/{inner}": value for name, part in parts.items() for inner, value in part[key].items()}
+
     return {
-        "benchmark": benchmark, **result, "by_category": by_category, "by_group": by_group, "items": items,
-        "rule": f"{parts[0]['rule']}; mean over {len(parts)} files",
-    }  # fmt: skip
+        "benchmark": benchmark,
+        **{key: sum(p[key] for p in parts.values()) / len(parts) for key in ("overall", *MEANS) if key in first},
+        **{key: sum(p[key] for p in parts.values()) for key in first if key.startswith("num_")},
+        **{key: [f"{name}/{index}" for name, p in parts.items() for index in p.get(key, ())] for key in UNMATCHED},
+        "by_category": together("by_category"),
+        "by_group": {name: part["overall"] for name, part in parts.items()},
+        "items": together("items"),
+        "rule": f"{first['rule']}; mean over {len(parts)} files",
+    }
 
 
 def score_task(benchmark: str, task: Task) -> dict[str, Any]:
