@@ -40,6 +40,7 @@ from data_pipelines.writer import (
     write_shard,
 )
 from unihetero_jax.storage import StorageError, list_folder, local_copy, to_local, to_path
+from unihetero_jax.text_table import align
 
 REMOVED = tuple(reason for reason in REASONS if reason not in DOUBTFUL_REASONS)
 """What is removed by default."""
@@ -240,9 +241,7 @@ def format_table(report: Mapping[str, Any]) -> str:
                 table.append([*start, name, *(str(found["records"].get(reason, "")) for reason in REASONS), *shares])
                 for reason, places in found["examples"].items():
                     examples.setdefault((source, reason), f"  {source}/{places[0]}")
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([*lines, *(["for example", *examples.values()] if examples else [])])
+    return "\n".join([*align(table), *(["for example", *examples.values()] if examples else [])])
 
 
 def _decontaminate(flags: argparse.Namespace) -> None:

@@ -138,6 +138,9 @@ def test_unknown_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"unknown benchmark format '.csv'"):
         read_benchmark(tmp_path / "x.csv")
     (tmp_path / "x.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"entry 1: expected an object, got 1"):
+        read_benchmark(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('"text"')
     with pytest.raises(ValueError, match=r"SEED-Bench.*POPE"):
         read_benchmark(tmp_path / "x.json")
     (tmp_path / "y.json").write_text('{"questions": [\n {]}')

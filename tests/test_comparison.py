@@ -29,6 +29,13 @@ def test_the_exact_test_by_hand():
     assert row.items_needed == math.ceil(100 * ((1.959964 + 0.841621) * error / 0.08) ** 2)
 
 
+def test_the_exact_test_against_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for pair in ((0, 0), (1, 0), (3, 3), (5, 17), (40, 22), (900, 1100)):
+        expected = stats.binomtest(pair[0], sum(pair), 0.5).pvalue if sum(pair) else 1.0
+        assert comparison.mcnemar(*pair) == pytest.approx(expected, rel=1e-9)
+
+
 def test_equal_runs_are_not_told_apart():
     row = compare_hits("set", "overall", *hits(0, 0, 5, 5))
     assert (row.difference, row.low, row.high, row.p_value) == (0, 0, 0, 1.0)

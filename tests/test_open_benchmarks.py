@@ -54,7 +54,7 @@ def test_open_questions_are_asked_with_their_pictures_and_judged_by_people(pictu
     assert result["by_category"]["other"]["num_clusters"] == 1 and "EvalAI" in result["rule"]
     lines = (pictures / "eval" / "set-words-1.predictions.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"question_id": "1", "prediction": "The Red!"}
-    with pytest.raises(ValueError, match="has no options to rank; it is answered by --mode=words"):
+    with pytest.raises(ValueError, match="has no options to rank; such questions are answered by --mode=words"):
         run(path, generate, tokenizer, mode="likelihood")
 
 

@@ -48,7 +48,9 @@ def holds_open_questions(path: Path) -> bool:
                 return isinstance(first, dict) and bool({"answer", "answers"} & set(first)) and "label" not in first
             case ".json":
                 document = json.loads(text)
-                return isinstance(document, list) or "questions" not in document or "annotations" in document
+                if isinstance(document, dict):
+                    return "questions" not in document or "annotations" in document
+                return isinstance(document, list)
     except (OSError, ValueError, RecursionError):  # for the reader of closed questions to say
         return False
     return False

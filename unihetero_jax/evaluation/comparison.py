@@ -6,14 +6,15 @@ for independent), and a bootstrap of the difference that draws pictures, with al
 """
 
 import dataclasses
+import fractions
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from unihetero_jax.storage import list_folder, read_bytes, to_path
 from unihetero_jax.text_table import align
@@ -69,7 +70,7 @@ def compare_hits(
     """The difference of two sequences of hits (0 or 1) over the same items, in the same order."""
     a, b = np.asarray(hits_a, float), np.asarray(hits_b, float)
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    p_value = float(stats.binomtest(only_b, only_a + only_b, 0.5).pvalue) if only_a + only_b else 1.0
+    p_value = mcnemar(only_a, only_b)
     names, place = np.unique(np.asarray(clusters), return_inverse=True)
     sums, sizes = np.bincount(place, b - a), np.bincount(place).astype(float)
     low, high = _bootstrap(sums, sizes, level)
@@ -81,6 +82,13 @@ def compare_hits(
         benchmark, category, len(a), len(names), float(a.mean()), float(b.mean()), difference, low, high, only_a,
         only_b, p_value, verdict, _items_needed(len(a), difference, error, level),
     )  # fmt: skip
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p-value: how often fair coins would divide the items on which two runs differ so unevenly."""
+    count, fewer = only_a + only_b, min(only_a, only_b)
+    extreme = sum(math.comb(count, k) for k in range(fewer + 1))
+    return min(1.0, float(fractions.Fraction(2 * extreme, 2**count)))
 
 
 def _bootstrap(sums: np.ndarray, sizes: np.ndarray, level: float) -> tuple[float, float]:
@@ -98,7 +106,8 @@ def _items_needed(num_items: int, difference: float, error: float, level: float)
     """n (z(1 - level / 2) + z(power))^2 (error / difference)^2: errors fall with the root of the number of items."""
     if difference == 0 or error == 0:
         return None
-    z = float(stats.norm.ppf(1 - level / 2) + stats.norm.ppf(POWER))
+    normal = statistics.NormalDist()
+    z = normal.inv_cdf(1 - level / 2) + normal.inv_cdf(POWER)
     return math.ceil(num_items * (z * error / difference) ** 2)
 
 
