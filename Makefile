@@ -60,7 +60,7 @@ format: $(STAMP) ## let ruff fix and format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(STAMP) ## loader, attention, memory, checkpoints, train step against PyTorch: benchmarks/results (installs torch, webdataset)
+bench: $(STAMP) ## loader, attention, memory, checkpoints, option scoring, train step against PyTorch: benchmarks/results (installs torch, webdataset)
 	@$(PY) -c 'import torch, webdataset' 2>/dev/null || \
 	  $(PY) -m pip install --disable-pip-version-check -c constraints.txt '$(TORCH)' webdataset
 	$(PY) -m benchmarks.loader --full
@@ -69,6 +69,7 @@ bench: $(STAMP) ## loader, attention, memory, checkpoints, train step against Py
 	$(PY) -m benchmarks.attention
 	$(PY) -m benchmarks.memory
 	$(PY) -m benchmarks.checkpoint
+	$(PY) -m benchmarks.packed_scoring
 	$(PY) -m benchmarks.train_step
 
 tpu-aot: .tpu-aot/.installed ## the compiler for TPUs, for `compile` on a machine without any: .tpu-aot

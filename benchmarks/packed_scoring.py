@@ -1,6 +1,6 @@
 """Likelihood scoring, packed against one by one: the same model, the same items, the same numbers.
 
-    python -m benchmarks.packed_scoring --questions=FILE [--workdir=reference/demo] [--items=400] [--rounds=5]
+    python -m benchmarks.packed_scoring [--questions=FILE] [--workdir=reference/demo] [--items=400] [--rounds=5]
 
 packed          as `evaluate` does it: the options of a question share its picture and text, many questions a row
 options alone   every option a row of its own with picture and question before it, as many rows at once as `packed` has
@@ -102,7 +102,7 @@ def _cost(run: Run, item: Item) -> tuple[int, int]:
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", required=True)
+    parser.add_argument("--questions", default="reference/demo/questions.tsv")
     parser.add_argument("--workdir", default="reference/demo")
     parser.add_argument("--items", type=int, default=400, help="so many of the file's first")
     parser.add_argument("--rounds", type=int, default=5)

@@ -120,6 +120,20 @@ def test_held_out_text_has_the_likelihood_that_validation_found(trained, tiny_wo
     assert "held-out text of qa" in capsys.readouterr().out
 
 
+def test_eight_devices_answer_as_one(trained, tiny_world):
+    workdir, _ = trained
+    found = []
+    for mesh in ([], ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.eval.batch_rows=8"]):
+        for path in (workdir / "eval").glob("questions-1*"):
+            path.unlink()
+        flags = [f"--benchmarks={tiny_world / 'questions.tsv'}", "--without-image", *mesh]
+        assert main(["evaluate", f"--workdir={workdir}", *flags]) == 0
+        result = json.loads((workdir / "eval" / "questions-1.json").read_text())
+        lines = (workdir / "eval" / "questions-1.jsonl").read_text().splitlines()[1:]
+        found.append((result["items"], [x for line in lines for x in json.loads(line)["log_probs"]]))
+    assert found[0][0] == found[1][0] and found[0][1] == pytest.approx(found[1][1], abs=1e-4)
+
+
 def test_watching_a_finished_run_evaluates_each_step_and_ends(trained, tiny_world, capsys):
     workdir, _ = trained
     flags = [f"--benchmarks={tiny_world / 'questions.tsv'}", "--watch=0.05"]
