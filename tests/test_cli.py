@@ -123,7 +123,8 @@ def test_held_out_text_has_the_likelihood_that_validation_found(trained, tiny_wo
 def test_eight_devices_answer_as_one(trained, tiny_world):
     workdir, _ = trained
     found = []
-    for mesh in ([], ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.eval.batch_rows=8"]):
+    eight = ["mesh.data=2", "mesh.fsdp=4", "eval.batch_rows=8", "train.global_batch_rows=8"]
+    for mesh in ([], [f"--config.{field}" for field in eight]):
         for path in (workdir / "eval").glob("questions-1*"):
             path.unlink()
         flags = [f"--benchmarks={tiny_world / 'questions.tsv'}", "--without-image", *mesh]
