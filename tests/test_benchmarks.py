@@ -86,6 +86,20 @@ def test_rows_outside_what_is_scored_are_counted_by_reason(tmp_path):
     assert benchmark.num_unscored == 2
 
 
+def test_statements_of_nlvr_and_nlvr2(tmp_path):
+    """Fields and names of pictures as the two sets have them."""
+    (tmp_path / "images" / "4").mkdir(parents=True)
+    for name, data in (("dev-850-0-img0.png", RED), ("dev-850-0-img1.png", BLUE), ("4/dev-1304-0-0.png", BLUE)):
+        (tmp_path / "images" / name).write_bytes(data)
+    rows = [{"identifier": "dev-850-0-2", "sentence": "Both are red.", "label": "False"},
+            {"identifier": "1304-0", "directory": "4", "sentence": "It is blue.", "label": "true"}]  # fmt: skip
+    (tmp_path / "nlvr.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    two, one = read_benchmark(tmp_path / "nlvr.jsonl").items
+    assert two.images == (RED, BLUE) and (two.options, two.answer) == (("yes", "no"), 1)
+    assert two.question == "Is the following statement about the images true? Both are red."
+    assert one.images == (BLUE,) and one.answer == 0 and one.index == "1304-0"
+
+
 def test_questions_about_several_pictures(tmp_path):
     """As in NLVR2: both are read, in order, and told apart from one of them alone."""
     cells = [base64.b64encode(data).decode() for data in (RED, BLUE)]

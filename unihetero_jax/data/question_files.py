@@ -26,6 +26,8 @@ from unihetero_jax.data.records import RecordError
 
 OPTION_LETTERS = string.ascii_uppercase
 YES_NO = ("yes", "no")
+NLVR_LABELS = ("true", "false")
+"""In the order of `YES_NO`."""
 CIRCULAR_STEP = 1_000_000
 """MMBench CircularEval: row `index + k * 1,000,000` holds item `index` with its options rotated by k."""
 MAX_REFERENCE_CHARS = 64
@@ -91,7 +93,7 @@ def read_questions(path: Path) -> Iterator[Question]:
     """Questions of a file, in its order; the format is told by suffix and content.
 
     `.tsv`: MMBench, or yes/no questions (MME) if it has no option columns. `.json` holding an object with `questions`:
-    SEED-Bench v1 or v2. `.jsonl`, or `.json` with one object per line: POPE.
+    SEED-Bench v1 or v2. `.jsonl`, or `.json` with one object per line: POPE, NLVR or NLVR2.
 
     Raises:
         ValueError: the file is missing, no UTF-8, or of no known format.
@@ -361,7 +363,7 @@ def _read_pope(text: str) -> Iterator[Question]:
             yield Question(place, fault=RecordError("not_json", f"{column}not JSON ({getattr(error, 'msg', error)})"))
             continue
         if isinstance(row, dict):
-            yield _pope_question(place, row)
+            yield (_nlvr_question if "sentence" in row else _pope_question)(place, row)
         else:
             yield Question(place, fault=RecordError("not_an_object", f"expected an object, got {row!r:.80}"))
 
@@ -378,6 +380,30 @@ def _pope_question(place: str, row: Mapping[str, Any]) -> Question:
         answer=answer,
         category=str(row.get("category") or "yes_no"),
         pictures=(Picture("field image", name=name),),
+        fault=_first(faults),
+    )
+
+
+def _nlvr_question(place: str, row: Mapping[str, Any]) -> Question:
+    """A statement about a picture (NLVR, of its six permutations the first) or about two (NLVR2)."""
+    faults: Faults = []
+    label = str(row.get("label") or "").strip().lower()
+    if label and label not in NLVR_LABELS:
+        faults.append(RecordError("bad_answer", f"field label: expected true or false, got {row['label']!r}"))
+    identifier = str(_field(row, "identifier", faults))
+    if "directory" in row:
+        names = [f"{row['directory']}/{row.get('split', 'dev')}-{identifier}-0.png"]
+    else:
+        names = [f"{identifier.rpartition('-')[0]}-img{number}.png" for number in range(2)]
+    statement = _text(row["sentence"], "sentence", faults)
+    return Question(
+        place,
+        index=identifier,
+        question=f"Is the following statement about the image{'s' * (len(names) > 1)} true? {statement}",
+        options=YES_NO,
+        answer=NLVR_LABELS.index(label) if label in NLVR_LABELS else None,
+        category=f"{len(names)} pictures" if len(names) > 1 else "one picture",
+        pictures=tuple(Picture("field identifier", name=name) for name in names),
         fault=_first(faults),
     )
 
