@@ -76,7 +76,7 @@ def test_a_table_of_open_questions(pictures):
     assert benchmark.is_open and benchmark.items[1].images == (BLUE,)
 
 
-@pytest.fixture(params=["folder", "parquet"])
+@pytest.fixture(params=["folder", "parquet", "named"])
 def classes(tmp_path, request):
     """Three pictures of two classes."""
     labelled = [("a_cat", RED), ("a_cat", BLUE), ("dog", RED)]
@@ -85,11 +85,15 @@ def classes(tmp_path, request):
             (tmp_path / "set" / name).mkdir(parents=True, exist_ok=True)
             (tmp_path / "set" / name / f"{number}.png").write_bytes(data)
         return tmp_path / "set"
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["a_cat", "dog"]}}
-    table = pa.table({
-        "image": [{"bytes": data, "path": None} for _, data in labelled],
-        "label": [["a_cat", "dog"].index(name) for name, _ in labelled],
-    }).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})  # fmt: skip
+    features = {"image": {"_type": "Image"}}
+    columns = {"image": [{"bytes": data, "path": None} for _, data in labelled]}
+    if request.param == "named":
+        columns["label_name"] = [name for name, _ in labelled]
+    else:
+        features["label"] = class_label(["a_cat", "dog"])
+        columns["label"] = [["a_cat", "dog"].index(name) for name, _ in labelled]
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table(columns).replace_schema_metadata(metadata)
     pq.write_table(table, tmp_path / "set.parquet")
     return tmp_path / "set.parquet"
 
@@ -101,6 +105,7 @@ def test_classes_are_ranked_by_the_likelihood_of_their_captions(classes, tokeniz
     assert [item.answer for item in benchmark.items] == [0, 0, 1] and benchmark.name == "set"
     result = run(classes, None, tokenizer, mode="likelihood")
     assert result["overall"]["num_items"] == 3 and set(result["by_category"]) == {"a_cat", "dog"}
+    assert result["overall"]["blind_floor"] == pytest.approx(2 / 3), "the class is no part of what is asked"
     assert select_benchmarks({}, [str(classes)]) == {"set": str(classes)}
 
 
@@ -117,7 +122,8 @@ def test_more_classes_than_letters(tmp_path, tokenizer):  # noqa: F811
     ("features", "message"),
     [
         (None, "no parquet file whose schema describes its columns"),
-        ({"image": {"_type": "Image"}}, "one column of type ClassLabel was expected, found none"),
+        ({"image": {"_type": "Image"}}, "no column of type ClassLabel and none called label_name"),
+        ({"label": class_label(["x", "y"])}, r"one column of type Image and one ClassLabel were expected, found \[\]"),
         ({"image": {"_type": "Image"}, "label": class_label(["one"])}, "1 classes"),
         ({"image": {"_type": "Image"}, "label": class_label(["x", "y"])}, "row 0, column image: no picture"),
     ],

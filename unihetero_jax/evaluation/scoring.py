@@ -165,10 +165,15 @@ def _rank(item: Item, option: int) -> int:
     return sorted(values).index(values[option])
 
 
+def _asked(item: Item) -> str:
+    """What kind of question it is, as a guesser knows; without a question the category is the class, which it cannot."""
+    return item.category if item.question else ""
+
+
 BLIND_KEYS: Mapping[str, BlindKey] = {
     "question and option": lambda item, option: (item.question, item.options[option]),
-    "category and option": lambda item, option: (item.category, item.options[option]),
-    "category and rank of a number": lambda item, option: (item.category, _rank(item, option)),
+    "category and option": lambda item, option: (_asked(item), item.options[option]),
+    "category and rank of a number": lambda item, option: (_asked(item), _rank(item, option)),
 }
 """What a guesser without the picture may go by."""
 
