@@ -166,7 +166,7 @@ def _rank(item: Item, option: int) -> int:
 
 
 def _asked(item: Item) -> str:
-    """What kind of question it is, as a guesser knows; without a question the category is the class, which it cannot."""
+    """Kind of question, as far as a guesser knows it: without a question the category is the class itself."""
     return item.category if item.question else ""
 
 
