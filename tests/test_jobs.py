@@ -7,7 +7,7 @@ import string
 import numpy as np
 import pytest
 from etils import epath
-from test_benchmarks import mmbench_row, write_tsv
+from test_benchmarks import RED, mmbench_row, write_tsv
 from test_multiple_choice import hashed_log_probs, make_config, make_items, sequences, tokenizer  # noqa: F401
 from test_official import rotations
 
@@ -135,6 +135,22 @@ def test_the_files_for_other_harnesses_score_the_same(circular, tokenizer, tmp_p
     assert again["items"] == result["items"] and 0 < again["overall"] < 1
     assert again["by_category"] == {name: row["accuracy"] for name, row in result["by_category"].items()}
     assert written.read_text().split("\n")[0].startswith("index\tquestion\thint\tA\tB")
+
+
+def test_yes_and_no_are_written_as_words(tmp_path, tokenizer):  # noqa: F811
+    """POPE's rule would read a letter as yes."""
+    rows = [
+        {"question_id": i, "image": "x.png", "text": f"Is it {i}?", "label": ("yes", "no")[i % 2]} for i in range(9)
+    ]
+    path = tmp_path / "pope.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "x.png").write_bytes(RED)
+    for mode in ("likelihood", "letters"):
+        result = run(str(path), Model(hashed_log_probs), tokenizer, mode, tmp_path / "eval")
+        written = max((tmp_path / "eval").glob("*.predictions.jsonl"), key=lambda file: file.stat().st_mtime_ns)
+        again = official.score_predictions("pope", str(path), str(written))
+        assert again["items"] == result["items"] and again["accuracy"] == result["overall"]["accuracy"]
+        assert 0 < again["yes_ratio"] < 1
 
 
 # ---------------------------------------------------------------- shards

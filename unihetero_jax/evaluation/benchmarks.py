@@ -59,8 +59,14 @@ class Item:
         return hashlib.blake2b(digests, digest_size=8).hexdigest()
 
     def option_label(self, position: int) -> str:
-        """Letter of an option, or its text where there are more options than letters."""
-        return OPTION_LETTERS[position] if len(self.options) <= len(OPTION_LETTERS) else self.options[position]
+        """How public scorers expect an option: by its letter, but yes and no, and one of many classes, by its text."""
+        is_named = self.is_yes_no or len(self.options) > len(OPTION_LETTERS)
+        return self.options[position] if is_named else OPTION_LETTERS[position]
+
+    @property
+    def is_yes_no(self) -> bool:
+        """Whether it offers yes and no and nothing else."""
+        return sorted(option.lower() for option in self.options) == ["no", "yes"]
 
     @property
     def answer_text(self) -> str:

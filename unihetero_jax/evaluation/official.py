@@ -189,7 +189,7 @@ def benchmark_of(items: Sequence[Item]) -> tuple[str, str]:
         if not items[0].question:
             return "captions", "regex"
         return ("vqa", "evalai") if len(items[0].references) > 1 else ("gqa", "exact")
-    if all(item.options in (("yes", "no"), ("no", "yes")) for item in items):
+    if all(item.is_yes_no for item in items):
         is_mme = {item.category for item in items} <= {*PERCEPTION, *COGNITION}
         return ("mme", "mme") if is_mme else ("pope", "vlmevalkit")
     is_circular = any(item.original_index for item in items)

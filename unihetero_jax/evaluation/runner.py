@@ -240,7 +240,7 @@ def _answerer(
 
 def options_prompt(item: Item) -> str:
     """VLMEvalKit's prompt of a multiple-choice question; a yes/no question stands alone there too."""
-    if {option.lower() for option in item.options} == {"yes", "no"}:
+    if item.is_yes_no:
         return prompt_text(item)
     options = "".join(f"{letter}. {text}\n" for letter, text in zip(OPTION_LETTERS, item.options, strict=False))
     hint = f"Hint: {item.hint}\n" if item.hint else ""

@@ -180,7 +180,7 @@ BLIND_KEYS: Mapping[str, BlindKey] = {
 
 def yes_no_metrics(items: Sequence[Item], predictions: Sequence[int | None]) -> dict[str, float] | None:
     """`yes_no_figures` of items that all offer exactly yes and no; None for others. A prediction of None is neither."""
-    if any(tuple(option.lower() for option in item.options) not in (("yes", "no"), ("no", "yes")) for item in items):
+    if not all(item.is_yes_no for item in items):
         return None
     answers = ["" if p is None else item.options[p].lower() for item, p in zip(items, predictions, strict=True)]
     return yes_no_figures([item.answer_text.lower() for item in items], answers)
