@@ -127,6 +127,7 @@ def test_a_slow_store_delays_and_changes_nothing(bucket, local_sources, local_st
     assert time.monotonic() - start > 2 * NUM_FILES * 0.2, "every file was waited for"
 
 
+@pytest.mark.slow
 def test_copies_are_bounded_and_go_with_the_process(bucket, local_sources, local_stream, tmp_path, monkeypatch):
     root = bucket.copy_folder(local_sources, "bounded")
     sizes = [path.stat().st_size for path in local_sources.rglob("train-*.array_record")]
@@ -283,6 +284,7 @@ def trace_of(lines):
     return [{name: line[name] for name in kept} for line in lines]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_killed_and_goes_on(bucket, tiny_world, tiny_flags, tmp_path):
     """Data, tokenizer and workdir in the bucket, one read in 50 failing: the local run, to the bit."""
     for name in ("qa", "generation", "tokenizer"):

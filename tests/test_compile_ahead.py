@@ -162,6 +162,7 @@ def test_requests_that_cannot_be_met(capsys, monkeypatch, tmp_path, repo_root):
     )
 
 
+@pytest.mark.slow
 def test_compile_for_simulated_devices(tmp_path, capfd, monkeypatch, repo_root):
     """The command itself, in its own process."""
     monkeypatch.chdir(repo_root)

@@ -169,6 +169,7 @@ def test_accumulated_microbatches_equal_the_big_batch(one_device):
             np.testing.assert_array_equal(ours.counts[name], theirs.counts[name])
 
 
+@pytest.mark.slow
 def test_each_replicate_equals_the_single_run_with_its_seed():
     _, many, _ = run_steps(eight_rows(train__num_replicates=2), 3)
     for replicate in range(2):

@@ -149,10 +149,12 @@ def test_a_stopped_process_ends_the_others_by_name(train_on, tmp_path, stalled):
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_others(train_on, tmp_path):
-    """Within a minute, with a reason; the run then goes on from its checkpoint."""
+    """In good time, with a reason; the run then goes on from its checkpoint."""
     finished = train_on(2, tmp_path, {1: {"signal_at": (signal.SIGKILL, 5)}})
     assert finished[1].code == -signal.SIGKILL
-    assert finished[0].code not in (0, -signal.SIGKILL) and finished[0].seconds < 90, outputs(finished)
+    assert finished[0].code not in (0, -signal.SIGKILL), outputs(finished)
+    waited = finished[0].seconds - finished[1].seconds  # they were started together
+    assert waited < 90, outputs(finished)  # before JAX's own limit, which names nobody
     again = train_on(2, tmp_path)
     assert codes(again) == {0: 0, 1: 0} and re.search("checkpoint of step [24]", again[0].output), outputs(again)
 

@@ -27,6 +27,7 @@ def traced_steps(path):
     return steps, names
 
 
+@pytest.mark.slow
 def test_a_run_traces_its_steps_and_goes_on(program, tiny_flags, tmp_path):
     flags = [f"--config={EXPERIMENT}", f"--workdir={tmp_path}", *tiny_flags()]
     finished = program.run(["train", "--profile=3:5", *flags])

@@ -80,6 +80,7 @@ def test_three_kills_change_nothing(train, unbroken, tmp_path):
                 and path.name != "completed.json"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_signals_save_first(train, unbroken, tmp_path):
     """SIGTERM and SIGINT finish the step and save it, though no save was due; nothing is computed twice."""
     for number, step in ((signal.SIGTERM, 3), (signal.SIGINT, 5)):

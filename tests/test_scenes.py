@@ -239,7 +239,7 @@ def blind_accuracies(questions: list[Question]) -> dict[str, float]:
     return accuracies
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("level", [pytest.param(LEVELS[0], marks=pytest.mark.slow), *LEVELS[1:]])
 def test_guessing_blind_does_not_pay(level):
     """Within 3 points of chance for every type but count, whose floor is high and printed beside every score."""
     print(f"\n{level:<10} chance " + " ".join(f"{name:>14}" for name in GUESSERS))

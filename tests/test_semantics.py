@@ -44,22 +44,28 @@ def test_encoder_mask_sees_its_image_only_and_no_later_block(causal):
             assert mask[query, key] == (same and (not causal or key // 4 <= query // 4))
 
 
-def hidden_after_change(change):
-    """Hidden states and predictions before and after a change of the input embeddings X."""
-    config, params, batch = make_tiny_config(), small.params_of(), small.mixed_batch(0, 1)
-    model = build(config.model, config.objective, params)
-    x = model.embed(batch, model.see(batch))
-    attention = decoder_attention("dense", batch.segment_ids, batch.branch_ids)
-    before = model.decoder(x, batch.positions, attention)
-    after = model.decoder(change(x), batch.positions, attention)
-    return np.abs(np.asarray(model.semantic_head(after) - model.semantic_head(before))).max(axis=-1)[0], batch
+def moved_predictions(batch):
+    """From a position to how far every prediction moves when the input embedding there changes."""
+    config, params = make_tiny_config(), small.params_of()
+
+    @jax.jit
+    def predictions(change):
+        model = build(config.model, config.objective, params)
+        attention = decoder_attention("dense", batch.segment_ids, batch.branch_ids)
+        x = model.embed(batch, model.see(batch)) + change
+        return model.semantic_head(model.decoder(x, batch.positions, attention))
+
+    nothing = jnp.zeros((*batch.tokens.shape, config.model.decoder.dim))
+    before = predictions(nothing)
+    return lambda p: np.abs(np.asarray(predictions(nothing.at[0, p].add(1.0)) - before)).max(axis=-1)[0]
 
 
 def test_changing_an_embedding_moves_no_prediction_before_it_and_none_elsewhere():
     batch = small.mixed_batch(0, 1)
     segments, branches = np.asarray(batch.segment_ids[0]), np.asarray(batch.branch_ids[0])
+    moved_by = moved_predictions(batch)
     for position in np.flatnonzero(segments > 0):
-        moved, _ = hidden_after_change(lambda x, p=position: x.at[0, p].add(1.0))
+        moved = moved_by(position)
         later = np.arange(len(segments)) >= position
         may_see = (segments == segments[position]) & later
         may_see &= (branches[position] == 0) | (branches == branches[position])
@@ -86,7 +92,7 @@ def visual_gradient(config, params, batch, *, cut=False):
         weight, counts = jnp.float32(1.0), count_targets(batch)
         return compute_loss(config, output, batch, output.vision, weight, counts).sums["visual"]
 
-    return jax.grad(loss)(params)
+    return jax.jit(jax.grad(loss))(params)
 
 
 def test_the_target_is_stopped_and_removing_that_changes_the_gradient(monkeypatch):

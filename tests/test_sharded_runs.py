@@ -199,6 +199,7 @@ def test_every_mesh_goes_on_from_every_other(tiny_experiment, tmp_path, start_by
     assert len({line["batch_hash"] for line in lines}) == 4, "and four batches in all"
 
 
+@pytest.mark.slow
 def test_replicates_spread_over_devices_are_the_single_runs_of_their_seeds(tiny_experiment, tmp_path, monkeypatch):
     """Four models, two on each device, for two steps of the loop; then each alone, from where it started."""
     starts = []

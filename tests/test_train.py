@@ -284,6 +284,7 @@ def test_alarms_begin_and_end(tiny_experiment, tmp_path, capsys):
     reporter.close()
 
 
+@pytest.mark.slow
 def test_an_interval_that_a_stop_cut_in_two_is_reported_whole(tiny_experiment, tmp_path):
     """Lines every 3 steps, saves every 2: the line of step 6 covers steps 4 to 6 though step 5 was computed twice."""
     config = tiny_experiment(train__log_every_steps=3)

@@ -110,7 +110,7 @@ def connect(cluster: Cluster | None, deadline_s: float = STARTUP_DEADLINE_S) -> 
     if cluster is None:
         return
     _hosts.update(_meet(cluster, deadline_s))
-    # Its handler of SIGTERM would replace ours, which saves.
+    # It would take SIGTERM for itself wherever we have no handler: an evaluation could not be stopped.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         cluster.coordinator_address, cluster.num_processes, cluster.process_id, cluster.local_device_ids,
