@@ -157,6 +157,14 @@ def test_options_that_look_missing_are_options(tmp_path):
     assert result["items"] == {"0": 1, "1": 1}
 
 
+def test_questions_without_options_are_judged_as_vlmevalkit_does_in_mmmu(tmp_path):
+    rows = [mmbench_row(index=str(i), A="", B="", answer="twelve") for i in range(3)] + [mmbench_row(index="3")]
+    questions = str(write_tsv(tmp_path / "q.tsv", rows))
+    answers = {"0": "It is Twelve.", "1": "thirteen", "2": "A", "3": "A"}
+    result = score_predictions("mmbench-vanilla", questions, predicted(tmp_path / "p.tsv", answers))
+    assert result["items"] == {"0": 1, "1": 0, "2": 1, "3": 1} and result["num_unparsed"] == 1
+
+
 def test_what_does_not_match_is_counted_and_said(tmp_path):
     rows = [mmbench_row(index=str(i), comment="x", strange="y") for i in range(9)]
     questions = str(write_tsv(tmp_path / "q.tsv", rows, (*COLUMNS, "comment", "strange")))

@@ -215,7 +215,9 @@ def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.watch:
         _watch(flags, overrides)
         return
-    for step in choose_steps(flags.workdir, flags.steps):
+    steps = choose_steps(flags.workdir, flags.steps)
+    # Those that process 0 sees: a run that goes on may have another one a moment later.
+    for step in json.loads(distributed.broadcast("steps", json.dumps(steps))):
         _evaluate_step(flags, overrides, step)
 
 

@@ -65,6 +65,7 @@ class Question:
         hint: text to be read before the question; often empty.
         options: answer texts in file order; empty for a question that states none.
         answer: position of the right option; None where the file states none, as those for submission do.
+        open_answer: the right answer of a question without options, in a table of questions that have some (MMMU).
         category: question type that results are grouped by.
         group: a second grouping (MMBench `l2-category`, SEED-Bench v2 `level`, v1 `question_type_id`); may be empty.
         split: as the file states it; may be empty.
@@ -80,6 +81,7 @@ class Question:
     hint: str = ""
     options: tuple[str, ...] = ()
     answer: int | None = None
+    open_answer: str = ""
     category: str = ""
     group: str = ""
     split: str = ""
@@ -227,6 +229,7 @@ def _mmbench_question(place: str, row: Mapping[str, str], cells: Mapping[str, st
         hint=row.get("hint", "").strip(),
         options=options,
         answer=answer,
+        open_answer="" if options else row["answer"].strip(),
         category=row.get("category") or row.get("l2-category") or "all",
         group=row.get("l2-category", ""),
         split=row.get("split", ""),

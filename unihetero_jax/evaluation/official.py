@@ -31,6 +31,7 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 """MME's categories (arXiv 2306.13394)."""
 
+OTHER_ANSWERS = "Other Answers"
 YES_NO_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 MEANS = (*YES_NO_FIGURES, "yes_ratio_of_labels", "cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 """Figures that are averaged over files."""
@@ -392,7 +393,11 @@ def _closed_questions(task: Task) -> list[Question]:
     Raises:
         ValueError: a row is faulty (but for its picture), has no answer or no options, or an index is repeated.
     """
-    questions = [q for q in read_questions(Path(task.questions)) if task.asked is None or q.index in task.asked]
+    questions = [
+        _with_other_answers(question)
+        for question in read_questions(Path(task.questions))
+        if task.asked is None or question.index in task.asked
+    ]
     for question in questions:
         place = f"{task.questions}: {question.place}"
         if question.fault and question.fault.reason != "missing_image":
@@ -405,6 +410,13 @@ def _closed_questions(task: Task) -> list[Question]:
     if not questions:
         raise ValueError(f"{task.questions}: no questions in it")
     return questions
+
+
+def _with_other_answers(question: Question) -> Question:
+    """A question without options as VLMEvalKit judges it (MMMU): the right answer is A, anything else B."""
+    if question.options or not question.open_answer:
+        return question
+    return dataclasses.replace(question, options=(question.open_answer, OTHER_ANSWERS), answer=0)
 
 
 def _picture(question: Question) -> str:
