@@ -5,6 +5,8 @@ import json
 import math
 import os
 
+import jax
+import jax.numpy as jnp
 import pytest
 from PIL import Image
 
@@ -140,6 +142,13 @@ def test_watching_a_finished_run_evaluates_each_step_and_ends(trained, tiny_worl
     flags = [f"--benchmarks={tiny_world / 'questions.tsv'}", "--watch=0.05"]
     assert main(["evaluate", f"--workdir={workdir}", *flags]) == 0
     assert capsys.readouterr().out.count("questions  (step 1;") == 1
+
+
+def test_parameters_have_a_fingerprint():
+    params = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(4, jnp.bfloat16)}
+    assert cli.fingerprint(params) == cli.fingerprint(jax.tree.map(jnp.copy, params))
+    changed = params | {"a": params["a"].at[0, 0].set(1e-30)}
+    assert cli.fingerprint(changed) != cli.fingerprint(params)
 
 
 def test_steps_are_chosen_by_name(trained, tmp_path, refused):

@@ -36,6 +36,11 @@ def test_the_exact_test_against_scipy():
         assert comparison.mcnemar(*pair) == pytest.approx(expected, rel=1e-9)
 
 
+def test_shares_are_told_apart_too():
+    """Accuracies of open answers lie between: .3 against .9 on 200 items."""
+    assert compare_hits("set", "overall", [0.3] * 200, [0.9] * 200, [str(i) for i in range(200)]).verdict == "better"
+
+
 def test_equal_runs_are_not_told_apart():
     row = compare_hits("set", "overall", *hits(0, 0, 5, 5))
     assert (row.difference, row.low, row.high, row.p_value) == (0, 0, 0, 1.0)
@@ -80,7 +85,7 @@ def write_result(folder, step, items, **changes):
     """A result file with the fields that a comparison reads."""
     result = {
         "benchmark": "set", "step": step, "mode": "likelihood", "data_hash": "d", "scorer": "s", "prompt_template": "p",
-        "image_transform": {}, "items": items, "categories": {i: f"type {int(i) % 2}" for i in items},
+        "image_transform": {}, "items": items, "replicate": 0, "categories": {i: f"type {int(i) % 2}" for i in items},
         "clusters": {i: i for i in items},
     } | changes  # fmt: skip
     (folder / "eval").mkdir(parents=True, exist_ok=True)
@@ -130,4 +135,4 @@ def test_what_cannot_be_compared_is_refused(runs, changes, message):
 
 def test_a_run_without_results_is_named(runs, capsys):
     assert main(["compare", str(runs / "a@9"), str(runs / "b")]) == 2
-    assert "a@9: no results of mode likelihood" in capsys.readouterr().err
+    assert "a: no results of mode likelihood of step 9" in capsys.readouterr().err

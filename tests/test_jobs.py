@@ -1,7 +1,9 @@
 """The whole job path with models that are known: what they must score, what a kill may not change, who writes."""
 
+import base64
 import json
 import math
+import random
 import string
 
 import numpy as np
@@ -135,6 +137,45 @@ def test_the_files_for_other_harnesses_score_the_same(circular, tokenizer, tmp_p
     assert again["items"] == result["items"] and 0 < again["overall"] < 1
     assert again["by_category"] == {name: row["accuracy"] for name, row in result["by_category"].items()}
     assert written.read_text().split("\n")[0].startswith("index\tquestion\thint\tA\tB")
+
+
+@pytest.mark.parametrize("options", [("Yes", "No"), ("yes", "no")])
+def test_yes_no_tables_in_circles(tmp_path, tokenizer, options):  # noqa: F811
+    """One that always says yes is right in every rotation of the options where yes is right."""
+    rows = [row for i in range(6) for row in rotations(str(i), options, i % 2, category="existence")]
+    path = str(write_tsv(tmp_path / "yesno.tsv", rows))
+    result = run(
+        path, Model(hashed_log_probs, generate=lambda prompts: ["Yes"] * len(prompts)), tokenizer, "generation"
+    )
+    assert result["items"] == {str(i): int(i % 2 == 0) for i in range(6)} and result["overall"]["chance"] == 0.25
+
+
+def test_a_uniform_guesser_gets_chance_in_circles(circular, tokenizer):  # noqa: F811
+    rng = random.Random(0)
+    guess = Model(
+        hashed_log_probs, generate=lambda prompts: [rng.choice("ABCD"[: t.count("\n") - 3]) for t, _ in prompts]
+    )
+    overall = run(circular, guess, tokenizer, "generation")["overall"]
+    assert overall["chance"] == pytest.approx(np.mean([(2 + i % 3) ** -(2 + i % 3) for i in range(COUNT)]))
+    spread = math.sqrt(overall["chance"] * (1 - overall["chance"]) / COUNT)
+    assert abs(overall["accuracy"] - overall["chance"]) < 3 * spread and overall["num_unparsed"] == 0
+
+
+def test_an_item_that_only_fails_with_its_picture(tmp_path, tokenizer):  # noqa: F811
+    broken = base64.b64encode(RED[:-40]).decode()
+    path = str(write_tsv(tmp_path / "x.tsv", [mmbench_row(image=broken), mmbench_row(index="1", image="")]))
+    config = make_config(row_tokens=256)
+    facts = {"step": 1, "config_hash": "x", "output_dir": None, "without_image": True}
+    result = evaluate(config, Model(hashed_log_probs), tokenizer, {"set": path}, **facts)["set"]
+    assert set(result["items_not_scored"]) == {"0"} and 0 <= result["overall"]["accuracy_prior_normalized"] <= 0.5
+
+
+def test_answers_of_other_parameters_are_not_used(circular, tokenizer, tmp_path):  # noqa: F811
+    say = lambda text: lambda prompts: [text] * len(prompts)  # noqa: E731
+    for letter in "AB":
+        model = Model(hashed_log_probs, generate=say(letter), identity={"parameters": letter})
+        result = run(circular, model, tokenizer, "generation", tmp_path / "eval")
+        assert set(result["predictions"].values()) == {letter}
 
 
 def test_yes_and_no_are_written_as_words(tmp_path, tokenizer):  # noqa: F811

@@ -68,6 +68,34 @@ def test_captions_are_asked_for_by_the_prompt(pictures):
     assert item.references == ("a red square", "all red")
 
 
+def test_annotations_of_vqa_alone_are_no_captions(pictures):
+    """They name COCO's pictures by number, and do not hold the questions."""
+    annotations = [{"question_id": 1, "image_id": 42, "answers": [{"answer": "red"}] * 10}]
+    path = pictures / "v2.json"
+    path.write_text(json.dumps({"data_subtype": "val2014", "annotations": annotations}))
+    with pytest.raises(ValueError, match=r"entry 1: no question; put the list `questions`"):
+        read_benchmark(path)
+    (pictures / "images" / "COCO_val2014_000000000042.jpg").write_bytes(RED)
+    questions = [{"question_id": 1, "image_id": 42, "question": "What color?"}]
+    path.write_text(json.dumps({"data_subtype": "val2014", "annotations": annotations, "questions": questions}))
+    assert read_benchmark(path).items[0].images == (RED,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answer": " "}, "row 2: no answers"),
+        ({"image": "7"}, "row 2, .*column image: '7' should be the index of a row"),
+    ],
+)
+def test_faulty_rows_of_open_tables_are_refused(pictures, change, message):
+    rows = [{"index": "0", "question": "What?", "answer": "red", "image": "", "image_path": ""} | change]
+    rows.append({"index": "1", "question": "What?", "answer": "red", "image": "", "image_path": ""})
+    path = write_tsv(pictures / "open.tsv", rows, ("index", "question", "answer", "image", "image_path"))
+    with pytest.raises(ValueError, match=message):
+        read_benchmark(path)
+
+
 def test_a_table_of_open_questions(pictures):
     rows = [{"index": "0", "question": "What?", "answer": "['red', 'scarlet']", "image_path": "red.png"},
             {"index": "1", "question": "How many?", "answer": "3", "image_path": "blue.png"}]  # fmt: skip
@@ -109,12 +137,19 @@ def test_classes_are_ranked_by_the_likelihood_of_their_captions(classes, tokeniz
     assert select_benchmarks({}, [str(classes)]) == {"set": str(classes)}
 
 
+def test_classes_answered_in_words(classes, tokenizer):  # noqa: F811
+    result = run(classes, lambda prompts: ["a photo of a dog."] * len(prompts), tokenizer)
+    assert sorted(result["items"].values()) == [0, 0, 1] and result["overall"]["num_unparsed"] == 0
+
+
 def test_more_classes_than_letters(tmp_path, tokenizer):  # noqa: F811
     for number in range(30):
         (tmp_path / "many" / f"class{number:02}").mkdir(parents=True)
         (tmp_path / "many" / f"class{number:02}" / "x.png").write_bytes(RED)
     result = run(tmp_path / "many", None, tokenizer, mode="likelihood")
     assert set(result["predictions"].values()) <= {f"a photo of a class{number:02}." for number in range(30)}
+    with pytest.raises(ValueError, match="30 options, more than there are letters"):
+        run(tmp_path / "many", None, tokenizer, mode="letters")
     assert sum(result["items"].values()) == 1, "thirty equal pictures have one answer, which is right once"
 
 

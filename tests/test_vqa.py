@@ -39,7 +39,7 @@ def test_vqa_s_own_code_leaves_agreed_answers_alone():
     agreed = ["Red."] * 10
     assert vqa_accuracy("red", agreed, "vqa") == 0.0, "no normalisation where all agree"
     assert vqa_accuracy("red", agreed, "evalai") == 1.0
-    mixed = ["red"] * 9 + ["blue"]
+    mixed = ["Red."] * 9 + ["blue"]
     assert vqa_accuracy("The red!", mixed, "vqa") == vqa_accuracy("The red!", mixed, "vlmevalkit") == 1.0
 
 

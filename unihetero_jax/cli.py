@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
@@ -37,6 +40,7 @@ from unihetero_jax.evaluation.runner import (
     SCORERS,
     LogProbs,
     Model,
+    check_mode,
     evaluate,
     format_table,
     select_benchmarks,
@@ -49,7 +53,7 @@ from unihetero_jax.metrics import announce, read_metrics
 from unihetero_jax.model.attention import require_segments_alone
 from unihetero_jax.model.unihetero import Params, build
 from unihetero_jax.profiling import parse_range
-from unihetero_jax.sharding import activation_mesh, local_rows, make_mesh, to_global
+from unihetero_jax.sharding import activation_mesh, fetch, local_rows, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
 from unihetero_jax.storage import StorageError, list_folder, read_bytes, to_path
@@ -215,7 +219,7 @@ def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.watch:
         _watch(flags, overrides)
         return
-    steps = choose_steps(flags.workdir, flags.steps)
+    steps = choose_steps(flags.workdir, flags.steps, flags.replicate)
     # Those that process 0 sees: a run that goes on may have another one a moment later.
     for step in json.loads(distributed.broadcast("steps", json.dumps(steps))):
         _evaluate_step(flags, overrides, step)
@@ -232,7 +236,7 @@ def _watch(flags: argparse.Namespace, overrides: list[str]) -> None:
             done.add(step)
             try:
                 run = _evaluate_step(flags, overrides, step)
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 if step in list_steps(flags.workdir):
                     raise
                 announce(f"step {step} was removed before it could be evaluated ({error})")
@@ -255,7 +259,8 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
         run.config, model_of(run, flags.max_new_tokens), run.tokenizer,
         select_benchmarks(run.config.eval.benchmarks, requested), step=run.step, config_hash=run.config_hash,
         output_dir=to_path(flags.workdir) / "eval", mode=flags.mode, without_image=flags.without_image,
-        prior=_training_prior(run.config, flags.training_prior), on_progress=_show_progress,
+        prior=_training_prior(run.config, flags.training_prior), replicate=flags.replicate,
+        on_progress=_show_progress,
     )  # fmt: skip
     announce(format_table(results))
     if flags.held_out:
@@ -287,6 +292,9 @@ def _measure_held_out(run: "Run", folder: epath.Path) -> None:
         "step": run.step, "config_hash": run.config_hash, "sources": sources
     })  # fmt: skip
     for name, found in sources.items():
+        if found["nll_per_token"] is None:
+            announce(f"held-out text of {name}: a likelihood that is not finite")
+            continue
         announce(
             f"held-out text of {name}: {found['nll_per_token']:.4f} ± {found['standard_error']:.4f} nats a token, "
             f"perplexity {found['perplexity']:.3f} ({found['num_tokens']:,} tokens)"
@@ -298,7 +306,7 @@ def _show_progress(name: str, done: int, total: int) -> None:
         announce(f"{name}: {done:,} of {total:,} items")
 
 
-def choose_steps(workdir: str, wanted: str) -> list[int]:
+def choose_steps(workdir: str, wanted: str, replicate: int = 0) -> list[int]:
     """The checkpoints that `--steps` names; -1 stands for the newest that verifies.
 
     `best` is the one of least validation loss of the text, averaged over the sources, among those that are there.
@@ -313,18 +321,20 @@ def choose_steps(workdir: str, wanted: str) -> list[int]:
             stored = list_steps(workdir)
             if not stored:
                 raise ValueError(f"--workdir {workdir}: no run here (no complete checkpoint); train first")
-            return stored if wanted == "all" else [_best_step(workdir, stored)]
+            return stored if wanted == "all" else [_best_step(workdir, stored, replicate)]
     if not all(part.isdecimal() for part in wanted.split(",")):
         raise ValueError(f"--steps {wanted}: give last, best, all, or steps by comma, such as 100,200")
     return [int(part) for part in wanted.split(",")]
 
 
-def _best_step(workdir: str, stored: Sequence[int]) -> int:
-    losses = {
-        line["step"]: np.mean([source["text"] for source in line["eval_loss"].values() if "text" in source])
-        for line in read_metrics(workdir)
-        if line.get("eval_loss") and line["step"] in stored
-    }
+def _best_step(workdir: str, stored: Sequence[int], replicate: int) -> int:
+    losses = {}
+    for line in read_metrics(workdir):
+        if line.get("eval_loss") and line["step"] in stored:
+            texts = [np.atleast_1d(source["text"]) for source in line["eval_loss"].values() if "text" in source]
+            loss = float(np.mean([of[replicate if len(of) > 1 else 0] for of in texts])) if texts else math.nan
+            if math.isfinite(loss):
+                losses[line["step"]] = loss
     if not losses:
         raise ValueError(
             f"--steps best: no stored step of {workdir} was validated (stored: {', '.join(map(str, stored))}); "
@@ -446,7 +456,7 @@ def _make_scene_world(config: Config) -> None:
 def _check_evaluation(config: Config) -> None:
     """What the evaluation at the end needs is there, before hours go into training. Raises ValueError if not."""
     for path in config.eval.benchmarks.values():
-        read_benchmark(path)
+        check_mode(path, read_benchmark(path), "likelihood")
     if _rolls_out(config):
         check_candidates(config, load_tokenizer(config.data.tokenizer))
 
@@ -535,14 +545,27 @@ def model_of(run: Run, max_new_tokens: int = 32) -> Model:
     """The evaluation's view of a model."""
     mesh, batch_rows = make_mesh(run.config.mesh), run.config.eval.batch_rows
 
-    def generate(prompts: Sequence[tuple[str, tuple[bytes, ...]]]) -> list[str]:
+    def generate(prompts: Sequence[tuple[str, tuple[bytes, ...]]]) -> list[str | None]:
         asked = [Prompt(text, images) for text, images in prompts]
         return generate_texts(run.config, run.params, run.tokenizer, asked, batch_rows, max_new_tokens)
 
     def own_rows(num_rows: int) -> list[int]:
         return local_rows(mesh, num_rows)
 
-    return Model(make_log_probs(run.config, run.params), own_rows, generate)
+    identity = {"parameters": fingerprint(run.params), "max_new_tokens": max_new_tokens}
+    identity["dtype"], identity["objective"] = run.config.model.compute_dtype, run.config.objective
+    return Model(make_log_probs(run.config, run.params), own_rows, generate, identity)
+
+
+def fingerprint(params: Params) -> str:
+    """16 hex digits of parameters, the same on every mesh: sums of their bits, which have no rounding."""
+
+    def of(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
+        return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * bits, dtype=jnp.uint32)])
+
+    sums = fetch(jax.jit(lambda tree: [of(x) for x in jax.tree.leaves(tree)])(params))
+    return hashlib.blake2b(np.stack(sums).tobytes(), digest_size=8).hexdigest()
 
 
 def make_log_probs(config: Config, params: Params) -> LogProbs:

@@ -23,7 +23,8 @@ class OpenQuestion:
         answers: those of the people asked (ten in VQAv2), captions that people wrote; one where the file states a
             single truth.
         category: what results are grouped by: VQA's `answer_type`, GQA's structural type, a table's `category`.
-        picture: where the image is; None where the file does not say.
+        pictures: where the images are; empty where the file does not say.
+        is_caption: the answers are captions, there is no question.
     """
 
     place: str
@@ -31,7 +32,8 @@ class OpenQuestion:
     question: str
     answers: tuple[str, ...]
     category: str
-    picture: Picture | None
+    pictures: tuple[Picture, ...]
+    is_caption: bool = False
 
 
 def holds_open_questions(path: Path) -> bool:
@@ -87,9 +89,11 @@ def _table_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, An
     for number, row in enumerate(rows, start=2):
         faults: list[RecordError] = []
         pictures = row_pictures(row, cells, faults)
-        answer = row.get("answer", "")
+        if faults:
+            raise ValueError(f"{path}: row {number}, {faults[0]}") from faults[0]
+        answer = row.get("answer", "").strip()
         answers = _listed(answer) if answer.startswith("[") else [answer]
-        yield f"row {number}", row | {"answers": answers, "picture": pictures[0] if pictures else None}
+        yield f"row {number}", row | {"answers": [a for a in answers if a], "pictures": pictures, "answer": ""}
 
 
 def _listed(cell: str) -> list[Any]:
@@ -112,8 +116,12 @@ def _json_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any
     if isinstance(document, dict) and isinstance(document.get("images"), list):
         entries = _captioned(document)
     elif isinstance(document, dict) and isinstance(document.get("annotations"), list):
-        texts = {str(q["question_id"]): q for q in document.get("questions", [])}
-        entries = [texts.get(str(a.get("question_id")), {}) | a for a in document["annotations"]]
+        texts = {str(q.get("question_id")): q for q in document.get("questions", [])}
+        subset = document.get("data_subtype", "")
+        entries = [
+            {"image": _coco_name(subset, a.get("image_id"))} | texts.get(str(a.get("question_id")), {}) | a
+            for a in document["annotations"]
+        ]
     elif isinstance(document, dict) and isinstance(document.get("data"), list):
         entries = document["data"]
     elif isinstance(document, dict):
@@ -132,7 +140,12 @@ def _captioned(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     for annotation in document.get("annotations", []):
         captions.setdefault(str(annotation.get("image_id")), []).append(str(annotation.get("caption", "")))
     return [
-        {"question_id": image["id"], "answers": captions[str(image["id"])], "image": image.get("file_name")}
+        {
+            "question_id": image["id"],
+            "answers": captions[str(image["id"])],
+            "image": image.get("file_name"),
+            "is_caption": True,
+        }
         for image in document["images"]
         if str(image.get("id")) in captions
     ]
@@ -148,6 +161,16 @@ def _question(place: str, entry: Mapping[str, Any]) -> OpenQuestion:
         raise ValueError(f"{place}: no answers (fields answers or answer); a test file cannot be scored")
     types = entry.get("types")
     category = types.get("structural") if isinstance(types, dict) else entry.get("answer_type", entry.get("category"))
-    image = next((entry[name] for name in ("imageId", "image_id", "image") if name in entry), None)
-    picture = entry.get("picture") or (Picture("field image", name=str(image)) if image is not None else None)
-    return OpenQuestion(place, str(index), str(entry.get("question", "")), answers, str(category or "all"), picture)
+    # `image` goes first: VQA's `image_id` is a number, from which the name of the file was made.
+    image = next((entry[name] for name in ("image", "imageId", "image_id") if entry.get(name) not in (None, "")), None)
+    named = (Picture("field image", name=str(image)),) if image is not None else ()
+    return OpenQuestion(
+        place, str(index), str(entry.get("question", "")), answers, str(category or "all"),
+        entry.get("pictures", named), bool(entry.get("is_caption")),
+    )  # fmt: skip
+
+
+def _coco_name(subset: str, image_id: Any) -> str:
+    """File name of a picture of COCO, which VQA's annotations state as subset and number."""
+    is_coco = bool(subset) and str(image_id).isdecimal()
+    return f"COCO_{subset}_{int(image_id):012d}.jpg" if is_coco else ""

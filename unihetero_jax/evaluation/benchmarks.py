@@ -165,13 +165,17 @@ def _read_classification(path: Path) -> Benchmark:
 
 def _open_items(path: Path, images: ImageStore) -> Iterator[Item]:
     for question in read_open_questions(path):
-        pictures = (question.picture,) if question.picture else ()
+        place = f"{path}: {question.place}"
+        if not question.question and not question.is_caption:
+            raise ValueError(
+                f"{place}: no question; put the list `questions` of the questions file beside `annotations`"
+            )
         yield Item(
             index=question.index,
             question=question.question,
             options=(),
             answer=-1,
-            images=_read_pictures(f"{path}: {question.place}", pictures, images),
+            images=_read_pictures(place, question.pictures, images),
             category=question.category,
             references=question.answers,
         )

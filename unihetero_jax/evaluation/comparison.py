@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from unihetero_jax.storage import list_folder, read_bytes, to_path
 from unihetero_jax.text_table import align
@@ -36,7 +37,7 @@ class Difference:
         num_items, num_clusters: items, and pictures that they share.
         accuracy_a, accuracy_b: shares.
         difference: b - a; `low` and `high` its interval at 1 - LEVEL (categories: narrower by their number).
-        only_a, only_b: items that only one has right.
+        only_a, only_b: items on which only one is right (of shares: on which one is better).
         p_value: of the exact McNemar test, two-sided.
         verdict: "better", "worse" (B than A) or "not distinguishable".
         items_needed: items of this kind at which a difference as large as this would be found with probability POWER;
@@ -67,9 +68,9 @@ def compare_hits(
     clusters: Sequence[str],
     level: float = LEVEL,
 ) -> Difference:
-    """The difference of two sequences of hits (0 or 1) over the same items, in the same order."""
+    """The difference of two sequences of hits (0 or 1), or of shares, over the same items, in the same order."""
     a, b = np.asarray(hits_a, float), np.asarray(hits_b, float)
-    only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
     p_value = mcnemar(only_a, only_b)
     names, place = np.unique(np.asarray(clusters), return_inverse=True)
     sums, sizes = np.bincount(place, b - a), np.bincount(place).astype(float)
@@ -87,7 +88,10 @@ def compare_hits(
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided p-value: how often fair coins would divide the items on which two runs differ so unevenly."""
     count, fewer = only_a + only_b, min(only_a, only_b)
-    extreme = sum(math.comb(count, k) for k in range(fewer + 1))
+    extreme, ways = 0, 1
+    for k in range(fewer + 1):
+        extreme += ways
+        ways = ways * (count - k) // (k + 1)
     return min(1.0, float(fractions.Fraction(2 * extreme, 2**count)))
 
 
@@ -145,7 +149,7 @@ def compare_runs(run_a: str, run_b: str, mode: str = "likelihood") -> list[Diffe
     Raises:
         ValueError: a run has no results, or the two have none in common.
     """
-    found_a, found_b = read_results(run_a, mode), read_results(run_b, mode)
+    found_a, found_b = (read_results(workdir, mode, step) for workdir, step in map(_split, (run_a, run_b)))
     common = [name for name in found_a if name in found_b]
     if not common:
         raise ValueError(
@@ -155,18 +159,25 @@ def compare_runs(run_a: str, run_b: str, mode: str = "likelihood") -> list[Diffe
     return [row for name in common for row in compare_results(name, found_a[name], found_b[name])]
 
 
-def read_results(run: str, mode: str | None = None) -> dict[str, dict[str, Any]]:
+def _split(run: str) -> tuple[str, int | None]:
+    """`WORKDIR@STEP` as folder and step."""
+    named = re.fullmatch(r"(.+)@(\d+)", run)
+    return (named[1], int(named[2])) if named else (run, None)
+
+
+def read_results(
+    workdir: epath.PathLike, mode: str | None = None, step: int | None = None
+) -> dict[str, dict[str, Any]]:
     """Results of a run by benchmark, those of the step that is named or else of each benchmark's newest.
 
     Args:
-        run: `WORKDIR` or `WORKDIR@STEP`.
+        workdir: of the run.
+        step: None: the newest.
         mode: only results of this mode; None: all, those of other modes than `likelihood` under `name (mode)`.
 
     Raises:
         ValueError: there are none.
     """
-    named = re.fullmatch(r"(.+)@(\d+)", run)
-    workdir, step = (named[1], named[2]) if named else (run, "")
     folder = to_path(workdir) / "eval"
     results: dict[str, dict[str, Any]] = {}
     for path in list_folder(folder):
@@ -175,14 +186,15 @@ def read_results(run: str, mode: str | None = None) -> dict[str, dict[str, Any]]
         result = json.loads(read_bytes(path))
         if "items" not in result or "clusters" not in result:  # a rollout, or of an older version
             continue
-        if (mode and result["mode"] != mode) or (step and result["step"] != int(step)):
+        if (mode and result["mode"] != mode) or step not in (None, result["step"]):
             continue
         is_plain = mode or result["mode"] == "likelihood"
         name = result["benchmark"] if is_plain else f"{result['benchmark']} ({result['mode']})"
         if name not in results or results[name]["step"] < result["step"]:
             results[name] = result
     if not results:
-        raise ValueError(f"{run}: no results{f' of mode {mode}' if mode else ''} in {folder}; run evaluate first")
+        wanted = (f" of mode {mode}" if mode else "") + (f" of step {step}" if step is not None else "")
+        raise ValueError(f"{workdir}: no results{wanted} in {folder}; run evaluate first")
     return results
 
 

@@ -22,11 +22,12 @@ def held_out_likelihood(
     log_probs: Callable[[dict[str, np.ndarray]], np.ndarray],
     tokenizer: Tokenizer,
     own_rows: Callable[[int], Sequence[int]] = range,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Of every source's validation split, on process 0 (the others get nothing):
 
     nll_per_token: mean negative log-likelihood of the supervised tokens, in nats; standard_error of it, rows being
-    independent; perplexity: its exponential; num_tokens, num_rows.
+    independent; perplexity: its exponential; num_tokens, num_rows. A model that gave a number that is not finite has
+    nll_per_token None. Sources without supervised text are left out.
 
     Args:
         config: `data` and `eval.batch_rows`, `eval.validation_rows` are used.
@@ -46,13 +47,15 @@ def held_out_likelihood(
         merged: dict[str, tuple[float, int]] = {}
         for text in distributed.gather(f"held-out-{name}", json.dumps(rows)):
             merged |= json.loads(text)  # processes that hold the same row found the same
-        if merged:
-            results[name] = _summary(np.array([pair for pair in merged.values() if pair[1]]))
+        if counted := [pair for pair in merged.values() if pair[1]]:  # a source of pictures alone has no text
+            results[name] = _summary(np.array(counted))
     return results
 
 
 def _summary(rows: np.ndarray) -> dict[str, Any]:
     """From (sum of log-probabilities, tokens) of each row; a ratio of two sums over rows."""
+    if not np.isfinite(rows).all():
+        return {"nll_per_token": None, "num_tokens": int(rows[:, 1].sum()), "num_rows": len(rows)}
     total, count = (float(x) for x in rows.sum(axis=0))
     mean = -total / count
     spread = float(np.square(-rows[:, 0] - mean * rows[:, 1]).sum())

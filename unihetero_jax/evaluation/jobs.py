@@ -85,9 +85,15 @@ def _lines(header: Mapping[str, Any], answers: Sequence[Answer]) -> list[str]:
 
 
 def _write_part(stem: epath.Path, header: Mapping[str, Any], number: int, part: Sequence[Answer]) -> None:
-    path = _part_path(stem, header, number)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "\n".join(_lines(header, part)) + "\n")
+    path, text = _part_path(stem, header, number), "\n".join(_lines(header, part)) + "\n"
+    for is_last in (False, True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_atomically(path, text)
+            return
+        except FileNotFoundError:  # another job on the same step has finished and cleared the folder away
+            if is_last:
+                raise
 
 
 def _read_parts(stem: epath.Path, header: Mapping[str, Any], shard_items: int) -> dict[int, list[Answer]]:

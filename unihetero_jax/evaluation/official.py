@@ -8,11 +8,11 @@ import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihetero_jax.data.open_questions import read_open_questions
+from unihetero_jax.data.open_questions import OpenQuestion, read_open_questions
 from unihetero_jax.data.question_files import Question, read_questions, unknown_columns
 from unihetero_jax.evaluation import extraction
 from unihetero_jax.evaluation.benchmarks import Item
@@ -74,15 +74,14 @@ class Task:
         questions, source: files, for messages.
         predictions: by item.
         rule: its name.
-        asked: the questions that count, all of the file if None (a model that knows no videos is not asked about
-            them).
+        asked: the questions, where they are at hand; None: those of the file.
     """
 
     questions: str
     source: str
     predictions: Mapping[str, Prediction]
     rule: str
-    asked: Set[str] | None = None
+    asked: Sequence[Question | OpenQuestion] | None = None
 
 
 def format_score(result: Mapping[str, Any]) -> str:
@@ -146,6 +145,8 @@ def score_predictions(benchmark: str, questions: str, predictions: str, rule: st
         return _score_several(benchmark, pairs, rule)
     found = read_predictions(predictions, scorer.answer_fields)
     if benchmark == "seedbench" and (not questions or questions == predictions):
+        if rule != scorer.rules[0]:
+            raise ValueError(f"--rule {rule}: needs the options, so the benchmark's file by --questions")
         return {"benchmark": benchmark} | _score_stated(predictions, found)
     if not questions:
         raise ValueError(f"--questions: {benchmark} needs the benchmark's own file")
@@ -184,17 +185,26 @@ def score_task(benchmark: str, task: Task) -> dict[str, Any]:
     return {"benchmark": benchmark} | BENCHMARKS[benchmark].score(task)
 
 
+def _open_questions(task: Task) -> list[OpenQuestion]:
+    if task.asked is not None:
+        return [question for question in task.asked if isinstance(question, OpenQuestion)]
+    return read_open_questions(task.questions)
+
+
 def benchmark_of(items: Sequence[Item]) -> tuple[str, str]:
     """The entry of `BENCHMARKS`, and its rule for answers in words, by which a model's own answers are judged."""
     if items[0].references:
         if not items[0].question:
             return "captions", "regex"
-        return ("vqa", "evalai") if len(items[0].references) > 1 else ("gqa", "exact")
+        is_of_people = all(len(item.references) > 1 for item in items)
+        return ("vqa", "evalai") if is_of_people else ("gqa", "exact")
+    if any(item.original_index for item in items):
+        return "mmbench", "vlmevalkit"
     if all(item.is_yes_no for item in items):
-        is_mme = {item.category for item in items} <= {*PERCEPTION, *COGNITION}
+        pairs = Counter((item.category, item.cluster) for item in items)
+        is_mme = {category for category, _ in pairs} <= {*PERCEPTION, *COGNITION} and set(pairs.values()) == {2}
         return ("mme", "mme") if is_mme else ("pope", "vlmevalkit")
-    is_circular = any(item.original_index for item in items)
-    return ("mmbench" if is_circular else "mmbench-vanilla"), "vlmevalkit"
+    return "mmbench-vanilla", "vlmevalkit"
 
 
 # ---------------------------------------------------------------- multiple choice
@@ -220,7 +230,8 @@ def _score_single(task: Task) -> dict[str, Any]:
     everything = _closed_questions(task)
     questions = [question for question in everything if not question.original_index]
     chosen = _choose_options(task, questions)
-    result = _summary(task, _scored(questions, chosen), everything, "; every question once, its options as given")
+    words = "; every question once, its options as given"
+    result = _summary(task, _scored(questions, chosen), questions, words, known=everything)
     return result | {"num_rotated_rows_left_out": len(everything) - len(questions)}
 
 
@@ -296,8 +307,8 @@ def _score_pope(task: Task) -> dict[str, Any]:
     """POPE: accuracy, and precision, recall and F1 of the answer yes."""
     questions = _closed_questions(task)
     chosen = _choose_yes_no(task, questions)
-    answers = [q.options[c] if (c := chosen[q.index]) is not None else "" for q in questions]
-    truth = [q.options[q.answer] for q in questions if q.answer is not None]
+    answers = [q.options[c].lower() if (c := chosen[q.index]) is not None else "" for q in questions]
+    truth = [q.options[q.answer].lower() for q in questions if q.answer is not None]
     result = _summary(task, _scored(questions, chosen), questions)
     return result | yes_no_figures(truth, answers, unparsed_is_no=task.rule != "lmms-eval")
 
@@ -337,13 +348,14 @@ def _choose_yes_no(task: Task, questions: Sequence[Question]) -> dict[str, int |
     choose = YES_NO_RULES[task.rule]
     chosen = {}
     for question in questions:
-        if question.options not in (("yes", "no"), ("no", "yes")):
+        options = tuple(option.lower() for option in question.options)
+        if sorted(options) != ["no", "yes"]:
             raise ValueError(
                 f"{task.questions}: {question.place}: a yes/no question was expected, "
                 f"its options are {question.options}"
             )
         answer = choose(_text(task, question.index))
-        chosen[question.index] = None if answer is None else question.options.index(answer)
+        chosen[question.index] = None if answer is None else options.index(answer)
     return chosen
 
 
@@ -352,7 +364,7 @@ def _choose_yes_no(task: Task, questions: Sequence[Question]) -> dict[str, int |
 
 def _score_captions(task: Task) -> dict[str, Any]:
     """COCO's caption metrics; the main figure is CIDEr-D."""
-    questions = [q for q in read_open_questions(task.questions) if task.asked is None or q.index in task.asked]
+    questions = _open_questions(task)
     texts = {question.index: _text(task, question.index) for question in questions}
     references = {question.index: question.answers for question in questions}
     figures, by_item = score_captions(references, texts, task.rule)  # pyright: ignore[reportArgumentType]
@@ -366,7 +378,7 @@ def _score_captions(task: Task) -> dict[str, Any]:
 
 def _score_open(task: Task) -> dict[str, Any]:
     """VQAv2, VQA-CP, OK-VQA, TextVQA (accuracy against ten people), GQA (exact match)."""
-    questions = [q for q in read_open_questions(task.questions) if task.asked is None or q.index in task.asked]
+    questions = _open_questions(task)
     scored = []
     for question in questions:
         text = _text(task, question.index)
@@ -379,7 +391,7 @@ def _score_open(task: Task) -> dict[str, Any]:
                     "several people (--benchmark=gqa compares with one)"
                 )
             score = vqa_accuracy(text, question.answers, task.rule)  # pyright: ignore[reportArgumentType]
-        is_parsed, picture = bool(text.strip()), question.picture.name if question.picture else ""
+        is_parsed, picture = bool(text.strip()), _picture(question)
         scored.append(Scored(question.index, question.category, "", score if is_parsed else 0.0, is_parsed, picture))
     return _summary(task, scored, questions)
 
@@ -393,11 +405,9 @@ def _closed_questions(task: Task) -> list[Question]:
     Raises:
         ValueError: a row is faulty (but for its picture), has no answer or no options, or an index is repeated.
     """
-    questions = [
-        _with_other_answers(question)
-        for question in read_questions(Path(task.questions))
-        if task.asked is None or question.index in task.asked
-    ]
+    if task.asked is not None:
+        return [question for question in task.asked if isinstance(question, Question)]
+    questions = [_with_other_answers(question) for question in read_questions(Path(task.questions))]
     for question in questions:
         place = f"{task.questions}: {question.place}"
         if question.fault and question.fault.reason != "missing_image":
@@ -419,7 +429,7 @@ def _with_other_answers(question: Question) -> Question:
     return dataclasses.replace(question, options=(question.open_answer, OTHER_ANSWERS), answer=0)
 
 
-def _picture(question: Question) -> str:
+def _picture(question: Question | OpenQuestion) -> str:
     """What tells a question's picture from others; empty where the file does not say."""
     return "|".join(picture.name or picture.cell for picture in question.pictures)
 
@@ -436,11 +446,16 @@ def _text(task: Task, index: str) -> str:
     return prediction.answer
 
 
-def _summary(task: Task, scored: Sequence[Scored], asked: Sequence[Any], words: str = "") -> dict[str, Any]:
-    """Means over all items, by category and by group, and what did not match; `asked` has a row for each prediction."""
-    known = {question.index for question in asked}
+def _summary(
+    task: Task, scored: Sequence[Scored], asked: Sequence[Any], words: str = "", known: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Means over all items, by category and by group, and what did not match.
+
+    `asked` are the rows that need a prediction, `known` all that may have one, if these are more.
+    """
+    names = {question.index for question in known or asked}
     unanswered = [question.index for question in asked if question.index not in task.predictions]
-    unknown = [index for index in task.predictions if index not in known]
+    unknown = [index for index in task.predictions if index not in names]
     if len(unanswered) == len(asked):
         raise ValueError(
             f"{task.source}: no prediction is for a question of {task.questions} (it has items {_named(unknown)}, "
@@ -459,7 +474,7 @@ def _summary(task: Task, scored: Sequence[Scored], asked: Sequence[Any], words: 
         "rule": MATCHING[task.rule] + words,
         "num_unanswered": len(unanswered), "unanswered": unanswered[:NUM_NAMED],
         "num_unknown_predictions": len(unknown), "unknown_predictions": unknown[:NUM_NAMED],
-        "unknown_columns": unknown_columns(Path(task.questions)),
+        "unknown_columns": unknown_columns(Path(task.questions)) if task.asked is None else [],
     }  # fmt: skip
 
 

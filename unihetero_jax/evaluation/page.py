@@ -50,7 +50,7 @@ def write_page(workdir: epath.PathLike) -> epath.Path:
         ValueError: the run has no results.
     """
     folder = to_path(workdir) / "eval"
-    results = read_results(str(workdir))
+    results = read_results(workdir)
     parts = [f"<h1>Evaluation of {escaped(workdir)}</h1>", _overview(results)]
     for number, (name, result) in enumerate(results.items()):
         content = [_facts(result), _bars(result), _notes(result), _places(result), _course(folder, result)]
@@ -168,10 +168,12 @@ def choose_examples(folder: epath.Path, result: Mapping[str, Any]) -> tuple[list
     benchmark = read_benchmark(result["file"], rotations=result["mode"] in SHOWS_OPTIONS)
     if benchmark.data_hash != result["data_hash"]:
         raise ValueError(f"{result['file']} has changed since")
-    stem = stem_of(result["benchmark"], result["step"], result["mode"])
+    stem = stem_of(result["benchmark"], result["step"], result["mode"], result["replicate"])
     lines = read_bytes(folder / f"{stem}.jsonl").decode().splitlines()[1:]
     examples = [_example(item, json.loads(line), result) for item, line in zip(benchmark.items, lines, strict=True)]
     surest = sorted(examples, key=lambda example: -example.margin)
+    if "log_probs" not in surest[0].answer:  # free answers are judged by item, not by row
+        surest = [one for one in surest if not one.item.original_index]
     wrong, right = ([one for one in surest if one.is_right == kind] for kind in (False, True))
     return wrong[:NUM_EXAMPLES], right[:NUM_EXAMPLES]
 
@@ -179,7 +181,7 @@ def choose_examples(folder: epath.Path, result: Mapping[str, Any]) -> tuple[list
 def _example(item: Item, answer: Mapping[str, Any], result: Mapping[str, Any]) -> Example:
     log_probs = sorted(answer.get("log_probs", ()), reverse=True)
     if not log_probs:
-        return Example(item, answer, bool(result["items"].get(item.index)), 0.0)
+        return Example(item, answer, result["items"].get(item.index, 0) >= 0.5, 0.0)
     is_right = result["predictions"][item.index] == item.option_label(item.answer)
     return Example(item, answer, is_right, log_probs[0] - log_probs[1])
 

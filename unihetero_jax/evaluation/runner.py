@@ -23,10 +23,11 @@ from etils import epath
 
 from unihetero_jax import distributed
 from unihetero_jax.config import Config
-from unihetero_jax.data.question_files import OPTION_LETTERS
+from unihetero_jax.data.open_questions import OpenQuestion
+from unihetero_jax.data.question_files import OPTION_LETTERS, Picture, Question
 from unihetero_jax.data.records import PROMPT_TEMPLATE
 from unihetero_jax.data.tokenizer import Tokenizer
-from unihetero_jax.evaluation import official
+from unihetero_jax.evaluation import extraction, official
 from unihetero_jax.evaluation.benchmarks import Benchmark, Item, read_benchmark
 from unihetero_jax.evaluation.jobs import Answer, run_job
 from unihetero_jax.evaluation.multiple_choice import prompt_text, score_items
@@ -34,6 +35,7 @@ from unihetero_jax.evaluation.predictions import Prediction, write_leaderboard, 
 from unihetero_jax.evaluation.scoring import (
     OptionScores,
     clustered_error,
+    hits,
     summarize,
     summarize_by_category,
     yes_no_metrics,
@@ -55,6 +57,8 @@ SCORERS: Mapping[Mode, str] = {
 }
 SHOWS_OPTIONS: frozenset[Mode] = frozenset({"letters", "generation"})
 """Modes in which the order of the options can matter, so that circular rows are asked."""
+GENERATED: frozenset[Mode] = frozenset({"generation", "words"})
+"""Modes in which the model answers freely."""
 OPTIONS_TEMPLATE = (
     "Hint: {hint}\\nQuestion: {question}\\nOptions:\\nA. {A}\\n...\\nPlease select the correct answer ..."
 )
@@ -72,12 +76,16 @@ class Model:
     Attributes:
         log_probs: see `LogProbs`; called with this process's rows of `eval.batch_rows`, on all processes at once.
         own_rows: which of so many rows those are.
-        generate: continues prompts, (text, pictures before it) each, on all processes at once.
+        generate: continues prompts, (text, pictures before it) each, on all processes at once; None for a prompt whose
+            picture cannot be decoded.
+        identity: whatever else an answer depends on (which parameters, how long it may be); kept answers of another
+            one are not used.
     """
 
     log_probs: LogProbs
     own_rows: Callable[[int], Sequence[int]] = range
-    generate: Callable[[Sequence[tuple[str, tuple[bytes, ...]]]], list[str]] | None = None
+    generate: Callable[[Sequence[tuple[str, tuple[bytes, ...]]]], list[str | None]] | None = None
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def select_benchmarks(configured: Mapping[str, str], requested: Sequence[str]) -> dict[str, str]:
@@ -121,6 +129,7 @@ def evaluate(
     mode: Mode = "likelihood",
     without_image: bool = False,
     prior: TrainingPrior | None = None,
+    replicate: int = 0,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores every benchmark and writes `<output_dir>/<name>-<step>.json` for each (with the mode in the name, but for
@@ -141,6 +150,7 @@ def evaluate(
             `accuracy_without_image`, the blind accuracy of this very model, and `accuracy_prior_normalized`, which
             ranks by how much the picture raises an option's log-probability.
         prior: adds `training_prior`, see `split_by_prior` (`likelihood`, `letters`).
+        replicate: of a run with several; it names the files, but for the first.
         on_progress: called with (benchmark, items done, items in all) after every shard.
 
     Returns:
@@ -160,19 +170,19 @@ def evaluate(
             )
     files = {name: read_benchmark(path, rotations=mode in SHOWS_OPTIONS) for name, path in benchmarks.items()}
     for name, benchmark in files.items():
-        if benchmark.is_open and mode != "words":
-            raise ValueError(
-                f"{name}: {benchmark.path} has no options to rank; such questions are answered by --mode=words"
-            )
+        check_mode(name, benchmark, mode)
+    if mode in GENERATED and (without_image or prior is not None):
+        raise ValueError(f"--mode={mode}: --without-image and --training-prior belong to the modes that rank options")
     results = {}
     for name, benchmark in files.items():
-        facts = _facts(name, benchmark, config, mode) | {"config_hash": config_hash, "step": step}
-        stem = to_path(output_dir) / stem_of(name, step, mode) if output_dir is not None else None
+        facts = _facts(name, benchmark, config, mode)
+        facts |= {"config_hash": config_hash, "step": step, "replicate": replicate}
+        stem = to_path(output_dir) / stem_of(name, step, mode, replicate) if output_dir is not None else None
         report = (lambda done, total, name=name: on_progress(name, done, total)) if on_progress else None
         answer = _answerer(config, model, tokenizer, mode, without_image)
         identity = facts | {
             "tokenizer": tokenizer.hash, "without_image": without_image, "program": distributed.program_digest(),
-            "rows": [config.data.row_tokens, config.data.row_patches, config.data.turns],
+            "rows": [config.data.row_tokens, config.data.row_patches, config.data.turns], **model.identity,
         }  # fmt: skip
         answers = run_job(stem, identity, benchmark.items, config.eval.shard_items, answer, report)
         if distributed.is_lead():
@@ -183,9 +193,22 @@ def evaluate(
     return results
 
 
-def stem_of(name: str, step: int, mode: Mode) -> str:
+def check_mode(name: str, benchmark: Benchmark, mode: Mode) -> None:
+    """Raises ValueError if a benchmark cannot be asked in a mode."""
+    if benchmark.is_open and mode != "words":
+        raise ValueError(
+            f"{name}: {benchmark.path} has no options to rank; such questions are answered by --mode=words"
+        )
+    most = max(len(item.options) for item in benchmark.items)
+    if mode in SHOWS_OPTIONS and most > len(OPTION_LETTERS):
+        raise ValueError(f"{name}: {most} options, more than there are letters; take --mode=likelihood")
+
+
+def stem_of(name: str, step: int, mode: Mode, replicate: int = 0) -> str:
     """Name of a result's files, without suffix."""
-    return f"{name}-{step}" if mode == "likelihood" else f"{name}-{mode}-{step}"
+    of_mode = "" if mode == "likelihood" else f"-{mode}"
+    of_replicate = f"-replicate{replicate}" if replicate else ""
+    return f"{name}{of_mode}{of_replicate}-{step}"
 
 
 def _facts(name: str, benchmark: Benchmark, config: Config, mode: Mode) -> dict[str, Any]:
@@ -220,7 +243,10 @@ def _answerer(
         assert model.generate is not None
         shown = options_prompt if mode in SHOWS_OPTIONS else prompt_text
         texts = model.generate([(shown(item) or config.eval.caption_prompt, item.images) for item in items])
-        return [{"index": item.index, "text": text} for item, text in zip(items, texts, strict=True)]
+        return [
+            {"index": item.index, "text": text or "", "unscored": "" if text is not None else "undecodable_image"}
+            for item, text in zip(items, texts, strict=True)
+        ]
 
     def ranked(items: Sequence[Item]) -> list[Answer]:
         asked = [with_letters(item) if mode == "letters" else asked_for_caption(item, config) for item in items]
@@ -232,10 +258,12 @@ def _answerer(
         if without_image:
             blind = score_items(asked, tokenizer, config, model.log_probs, own_rows=model.own_rows, without_image=True)
             for answer, scores in zip(answers, blind, strict=True):
-                answer["blind"] = {"log_probs": scores.sum_log_probs, "unscored": scores.unscored}
+                answer["blind"] = {
+                    "log_probs": scores.sum_log_probs, "num_tokens": scores.num_tokens, "unscored": scores.unscored,
+                }  # fmt: skip
         return answers
 
-    return ranked if mode in ("likelihood", "letters") else generated
+    return generated if mode in GENERATED else ranked
 
 
 def options_prompt(item: Item) -> str:
@@ -254,7 +282,9 @@ def asked_for_caption(item: Item, config: Config) -> Item:
 
 
 def with_letters(item: Item) -> Item:
-    """The item with its options in the prompt and their letters as what is ranked."""
+    """The item with its options in the prompt and their letters as what is ranked; yes and no are ranked as words."""
+    if item.is_yes_no:
+        return item
     letters = tuple(OPTION_LETTERS[: len(item.options)])
     return dataclasses.replace(item, question=options_prompt(item), hint="", options=letters)
 
@@ -263,8 +293,8 @@ def with_letters(item: Item) -> Item:
 
 
 def _judge(benchmark: Benchmark, answers: Sequence[Answer], mode: Mode, prior: TrainingPrior | None) -> dict[str, Any]:
-    is_ranked = mode in ("likelihood", "letters")
-    result = _judge_ranks(benchmark, answers, prior) if is_ranked else _judge_words(benchmark, answers)
+    is_free = mode in GENERATED
+    result = _judge_words(benchmark, answers) if is_free else _judge_ranks(benchmark, answers, prior)
     bases = {item.original_index or item.index: item for item in reversed(benchmark.items)}
     return result | {
         "rows_not_scored": dict(benchmark.unscored_rows),
@@ -275,14 +305,14 @@ def _judge(benchmark: Benchmark, answers: Sequence[Answer], mode: Mode, prior: T
 
 def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer], prior: TrainingPrior | None) -> dict[str, Any]:
     items = benchmark.items
-    scores = [_option_scores(answer, answer["num_tokens"]) for answer in answers]
+    scores = [_option_scores(answer) for answer in answers]
     overall, by_category = summarize(items, scores), summarize_by_category(items, scores)
     if answers and "blind" in answers[0]:
         _add_blind(items, scores, answers, overall, by_category)
     chosen = {item.index: score.by_sum for item, score in zip(items, scores, strict=True)}
-    hits = _by_base(items, chosen)
+    right = _by_base(items, chosen)
     if any(item.original_index for item in items):
-        overall["accuracy_circular"] = sum(hits.values()) / len(hits)
+        overall["accuracy_circular"] = sum(right.values()) / len(right)
     return {
         "overall": overall,
         "by_category": by_category,
@@ -290,13 +320,13 @@ def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer], prior: Trainin
         "positions": position_bias(items, list(chosen.values())),
         "training_prior": split_by_prior(prior, items, list(chosen.values())) if prior else None,
         "items_not_scored": {i.index: s.unscored for i, s in zip(items, scores, strict=True) if s.unscored},
-        "items": hits,
+        "items": right,
         "predictions": {i.index: None if (c := chosen[i.index]) is None else i.option_label(c) for i in items},
     }
 
 
-def _option_scores(answer: Answer, num_tokens: Sequence[int]) -> OptionScores:
-    return OptionScores(tuple(answer["log_probs"]), tuple(num_tokens), answer["unscored"])
+def _option_scores(answer: Answer) -> OptionScores:
+    return OptionScores(tuple(answer["log_probs"]), tuple(answer["num_tokens"]), answer["unscored"])
 
 
 def _add_blind(
@@ -307,28 +337,35 @@ def _add_blind(
     by_category: dict[str, dict[str, Any]],
 ) -> None:
     """Adds what the same model reaches with the picture left out, and when its prior is taken off."""
-    blind = [_option_scores(answer["blind"], answer["num_tokens"]) for answer in answers]
-    raised = [
-        OptionScores(tuple(np.subtract(s.sum_log_probs, b.sum_log_probs)), s.num_tokens, s.unscored or b.unscored)
-        for s, b in zip(scores, blind, strict=True)
-    ]
+    blind = [_option_scores(answer["blind"]) for answer in answers]
+    raised = [_raised(with_image, without) for with_image, without in zip(scores, blind, strict=True)]
     for key, changed in (("accuracy_without_image", blind), ("accuracy_prior_normalized", raised)):
-        overall[key] = summarize(items, changed)["accuracy"]
-        for category, summary in summarize_by_category(items, changed).items():
-            by_category[category][key] = summary["accuracy"]
+        right = hits(items, changed)
+        overall[key] = sum(right) / len(right)
+        for category, summary in by_category.items():
+            own = [hit for item, hit in zip(items, right, strict=True) if item.category == category]
+            summary[key] = sum(own) / len(own)
     seen, unseen = ([s.by_sum == i.answer for i, s in zip(items, them, strict=True)] for them in (scores, blind))
     for name, prior in (("right", True), ("wrong", False)):
         with_it = [right for right, prior_right in zip(seen, unseen, strict=True) if prior_right == prior]
         overall[f"accuracy_where_prior_is_{name}"] = sum(with_it) / len(with_it) if with_it else None
 
 
+def _raised(with_image: OptionScores, without: OptionScores) -> OptionScores:
+    """How much the picture raises each option; unscored where either is."""
+    if reason := with_image.unscored or without.unscored:
+        return OptionScores((), (), reason)
+    differences = np.subtract(with_image.sum_log_probs, without.sum_log_probs)
+    return OptionScores(tuple(differences.tolist()), with_image.num_tokens)
+
+
 def _by_base(items: Sequence[Item], chosen: Mapping[str, int | None]) -> dict[str, int]:
     """1 for each original item that is right in all of its rows."""
-    hits: dict[str, int] = {}
+    right: dict[str, int] = {}
     for item in items:
         base = item.original_index or item.index
-        hits[base] = hits.get(base, 1) & int(chosen[item.index] == item.answer)
-    return hits
+        right[base] = right.get(base, 1) & int(chosen[item.index] == item.answer)
+    return right
 
 
 def position_bias(items: Sequence[Item], chosen: Sequence[int | None]) -> dict[str, dict[str, float]]:
@@ -351,53 +388,80 @@ def _judge_words(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, A
     name, rule = official.benchmark_of(items)
     texts = {answer["index"]: answer["text"] for answer in answers}
     predictions = {index: Prediction(index, text) for index, text in texts.items()}
-    asked = {item.index for item in items}
-    score = official.score_task(name, official.Task(str(benchmark.path), "answers", predictions, rule, asked))
+    questions = [_as_question(item) for item in items]
+    score = official.score_task(name, official.Task(str(benchmark.path), "answers", predictions, rule, questions))
     bases = {item.index: item for item in items if not item.original_index}
+    num_rows = Counter(item.original_index or item.index for item in items)
 
     def summary(indices: Sequence[str]) -> dict[str, Any]:
         values = [score["items"][index] for index in indices]
         clusters = [bases[index].cluster for index in indices]
-        chance = {} if benchmark.is_open else {"chance": sum(1 / len(bases[i].options) for i in indices) / len(indices)}
-        return chance | {
+        # A guesser has to be right in every rotation.
+        chances = [len(bases[i].options) ** -num_rows[i] for i in indices if bases[i].options]
+        return ({"chance": sum(chances) / len(chances)} if chances else {}) | {
             "accuracy": sum(values) / len(values), "standard_error": clustered_error(values, clusters),
             "num_clusters": len(set(clusters)), "num_items": len(indices),
         }  # fmt: skip
 
+    unscored = {answer["index"]: answer["unscored"] for answer in answers if answer["unscored"]}
     groups: dict[str, list[str]] = {}
     for index in score["items"]:
         groups.setdefault(bases[index].category, []).append(index)
     return {
-        "overall": summary(list(score["items"])) | {"num_unparsed": score["num_unparsed"], "num_unscored": 0},
+        "overall": summary(list(score["items"]))
+        | {"num_unparsed": score["num_unparsed"]}
+        | {"num_unscored": len(unscored)},
         "by_category": {category: summary(indices) for category, indices in groups.items()},
         "yes_no": {key: score[key] for key in official.YES_NO_FIGURES if key in score} or None,
         "official": {key: value for key, value in score.items() if key != "items"},
         "rule": score["rule"],
-        "items_not_scored": {},
+        "items_not_scored": unscored,
         "items": score["items"],
         "predictions": texts,
     }
+
+
+def _as_question(item: Item) -> Question | OpenQuestion:
+    """The item as the public scorers' rules take it."""
+    pictures = (Picture("picture", name=item.cluster),) if item.images else ()
+    if item.references:
+        return OpenQuestion("", item.index, item.question, item.references, item.category, pictures)
+    return Question(
+        "", index=item.index, question=item.question, options=item.options, answer=item.answer, category=item.category,
+        group=item.group, pictures=pictures, original_index=item.original_index,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- files and tables
 
 
 def _write_predictions(stem: epath.Path, benchmark: Benchmark, predictions: Mapping[str, str | None]) -> None:
-    """In the file that the benchmark's public scorer reads: a table for VLMEvalKit, JSON lines for the others."""
+    """In the file that the benchmark's public scorer reads: a table for VLMEvalKit, JSON lines for the others.
+
+    The lines hold letters (yes or no): of a free answer the one that is meant, where one is.
+    """
     if benchmark.path.suffix.lower() != ".tsv" or benchmark.is_open:  # a table has options
-        write_leaderboard(stem.parent / f"{stem.name}.predictions.jsonl", {i: p or "" for i, p in predictions.items()})
+        labels = {item.index: _label_of(item, predictions[item.index] or "") for item in benchmark.items}
+        write_leaderboard(stem.parent / f"{stem.name}.predictions.jsonl", labels)
         return
     letters = OPTION_LETTERS[: max(len(item.options) for item in benchmark.items)]
     rows = [
         {
             "index": item.index, "question": item.question, "hint": item.hint,
             **dict.fromkeys(letters, ""), **dict(zip(letters, item.options, strict=False)),
-            "answer": OPTION_LETTERS[item.answer], "category": item.category, "l2-category": item.group,
+            "answer": item.answer_text if item.is_yes_no else OPTION_LETTERS[item.answer],
+            "category": item.category, "l2-category": item.group,
             "prediction": predictions[item.index] or "",
         }
         for item in benchmark.items
     ]  # fmt: skip
     write_table(stem.parent / f"{stem.name}.predictions.tsv", rows)
+
+
+def _label_of(item: Item, prediction: str) -> str:
+    """A letter, or yes or no, as the files for leaderboards have them; what names no option stays as it is."""
+    position = extraction.vlmevalkit_option(prediction, item.options) if item.options else None
+    return prediction if position is None else item.option_label(position)
 
 
 def write_json(path: epath.Path, content: Mapping[str, Any]) -> None:
@@ -459,6 +523,13 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
         notes.append(_prior_note(split))
     if result["yes_no"]:
         notes.append("yes/no: " + ", ".join(f"{key} {value:.3f}" for key, value in result["yes_no"].items()))
+    figures = {key: value for key, value in result.get("official", {}).items() if key in official.CAPTION_FIGURES}
+    if figures:
+        notes.append(
+            "the column accuracy is CIDEr-D (0 to 10): " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
+        )
+    if result.get("official", {}).get("benchmark") == "mme":
+        notes.append(f"MME points: {result['official']['overall']:.1f}")
     if unparsed := overall.get("num_unparsed", 0):
         notes.append(f"answers in which the rule found none, counted as misses: {unparsed}")
     if overall["num_unscored"]:

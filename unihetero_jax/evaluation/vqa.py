@@ -74,9 +74,8 @@ def vqa_accuracy(answer: str, people: Sequence[str], rule: VqaRule = "evalai") -
             return _leave_one_out(normalize_vlmevalkit(answer), [normalize_vlmevalkit(other) for other in people])
         case "vqa":
             answer, people = _on_one_line(answer), [_on_one_line(other) for other in people]
-            if len(set(people)) > 1:  # people's answers keep their case and articles: they were collected without
-                answer = normalize_words(strip_punctuation(answer))
-                people = [strip_punctuation(other) for other in people]
+            if len(set(people)) > 1:  # where all agree, its code compares what was written
+                answer, *people = (normalize_words(strip_punctuation(x, after_digits=True)) for x in (answer, *people))
             return _leave_one_out(answer, people)
 
 

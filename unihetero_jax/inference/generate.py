@@ -63,13 +63,18 @@ def generate_texts(
     prompts: Sequence[Prompt],
     batch_rows: int,
     max_new_tokens: int = 64,
-) -> list[str]:
+) -> list[str | None]:
     """`generate_text`, greedily, of any number of prompts: `batch_rows` at a time, in few shapes.
 
     Prompts of like length share a batch; a batch's shape is a power of two in positions and in patches, and its last
-    rows may be repeats, so that a whole benchmark compiles a handful of programs. An image that cannot be decoded gives
-    an empty text.
+    rows may be repeats, so that a whole benchmark compiles a handful of programs. A prompt whose
+    image cannot be decoded gives None.
+
+    Raises:
+        ValueError: `max_new_tokens` is not positive.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be positive")
     samples: dict[int, PackedSample] = {}
     for number, prompt in enumerate(prompts):
         with contextlib.suppress(RecordError):
@@ -78,7 +83,7 @@ def generate_texts(
     costs = {number: sample_cost(sample, patch_size) for number, sample in samples.items()}
     forbidden = (tokenizer.pad_id, tokenizer.boi_id, tokenizer.eoi_id)
     order = sorted(samples, key=costs.__getitem__)
-    texts = [""] * len(prompts)
+    texts: list[str | None] = [None] * len(prompts)
     for start in range(0, len(order), batch_rows):
         chosen = order[start : start + batch_rows]
         tokens, patches = (1 << (max(costs[n][i] for n in chosen) - 1).bit_length() for i in (0, 1))
