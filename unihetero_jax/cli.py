@@ -217,6 +217,8 @@ def _train(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 def _evaluate(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.watch:
+        if flags.steps != "last":
+            raise ValueError(f"--steps {flags.steps}: --watch evaluates every step that comes; leave one of them out")
         _watch(flags, overrides)
         return
     steps = choose_steps(flags.workdir, flags.steps, flags.replicate)
@@ -564,8 +566,8 @@ def fingerprint(params: Params) -> str:
         bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
         return jnp.stack([jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * bits, dtype=jnp.uint32)])
 
-    sums = fetch(jax.jit(lambda tree: [of(x) for x in jax.tree.leaves(tree)])(params))
-    return hashlib.blake2b(np.stack(sums).tobytes(), digest_size=8).hexdigest()
+    sums = jax.jit(lambda tree: jnp.stack([of(x) for x in jax.tree.leaves(tree)]))(params)
+    return hashlib.blake2b(fetch(sums).tobytes(), digest_size=8).hexdigest()
 
 
 def make_log_probs(config: Config, params: Params) -> LogProbs:

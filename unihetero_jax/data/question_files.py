@@ -68,7 +68,6 @@ class Question:
         open_answer: the right answer of a question without options, in a table of questions that have some (MMMU).
         category: question type that results are grouped by.
         group: a second grouping (MMBench `l2-category`, SEED-Bench v2 `level`, v1 `question_type_id`); may be empty.
-        split: as the file states it; may be empty.
         pictures: in order.
         original_index: of the row that this one repeats with its options rotated; empty: it repeats none.
         is_video: about a video, which has no picture here.
@@ -84,7 +83,6 @@ class Question:
     open_answer: str = ""
     category: str = ""
     group: str = ""
-    split: str = ""
     pictures: tuple[Picture, ...] = ()
     original_index: str = ""
     is_video: bool = False
@@ -232,7 +230,6 @@ def _mmbench_question(place: str, row: Mapping[str, str], cells: Mapping[str, st
         open_answer="" if options else row["answer"].strip(),
         category=row.get("category") or row.get("l2-category") or "all",
         group=row.get("l2-category", ""),
-        split=row.get("split", ""),
         pictures=row_pictures(row, cells, faults),
         original_index=_original_index(index, row.get("g_index", "")),
         fault=_first(faults),

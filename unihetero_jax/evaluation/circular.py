@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from unihetero_jax.data.question_files import Question
 
 NUM_NAMED = 5
+"""Items named in a message or a result; all are counted."""
 
 
 def group_rotations(path: str, questions: Sequence[Question]) -> dict[str, list[Question]]:

@@ -17,14 +17,12 @@ from unihetero_jax.data.question_files import Question, read_questions, unknown_
 from unihetero_jax.evaluation import extraction
 from unihetero_jax.evaluation.benchmarks import Item
 from unihetero_jax.evaluation.captioning import score_captions
-from unihetero_jax.evaluation.circular import group_rotations
+from unihetero_jax.evaluation.circular import NUM_NAMED, group_rotations
 from unihetero_jax.evaluation.predictions import Prediction, by_index, read_predictions
 from unihetero_jax.evaluation.scoring import clustered_error, yes_no_figures
 from unihetero_jax.evaluation.vqa import exact_match, vqa_accuracy
 from unihetero_jax.text_table import align
 
-NUM_NAMED = 5
-"""Items named in a message or a result; all are counted."""
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
