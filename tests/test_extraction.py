@@ -22,6 +22,9 @@ A, B, C, D = range(4)
         ("Is it B or C", None),
         ("B is what I would say to that", None),  # the letter stands before the last four words
         ("I would say B to that", B),  # among the last four
+        ("B one two three", B),
+        ("B one two three four", None),  # the fifth from the end
+        ("Z frog", None),  # none of them, says the letter, whatever text follows
         ("I say, the correct answer is **B**. Here is why: it barks a lot and has a tail", B),
         ("the answer is d, since it flies through the air and all that", D),  # this pattern is not case-sensitive
         ("Z", None),
@@ -56,6 +59,8 @@ def test_options_as_they_are_read_are_texts_whatever_they_say():
         ("(B)", B),
         ("A dog is what I see", B),  # an article
         ("A cat or a bird", A),  # an article, and two options: the answer starts with the letter
+        ("A frog here", A),  # three words are too few for an article
+        ("A frog is here", C),
         ("It is a dog", B),
         ("(B) or (C)", C),  # of two in the same form the last
         ("B is what I would say to that", B),

@@ -138,6 +138,7 @@ def test_an_item_is_right_only_in_all_rotations(tmp_path):
         (lambda rows: rows[1].update(A="frog", C="dog"), "row 1000000 does not have its options in rotated order"),
         (lambda rows: rows[1].update(answer="B"), "another right answer"),
         (lambda rows: rows.append(dict(rows[0])), "must be unique, repeated: 0"),
+        (lambda rows: rows.append(dict(rows[1], index="3000000")), "4 of 3 rotations are there"),
         (lambda rows: rows[0].update(answer=""), "row 2: no right answer; a TEST file"),
         (lambda rows: rows[0].update(answer="D"), "row 2: .*column answer: expected one of A, B, C, got 'D'"),
     ],
