@@ -4,10 +4,12 @@ import io
 import json
 import math
 import os
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import make_tiny_config
 from PIL import Image
 
 from unihetero_jax import cli
@@ -149,6 +151,42 @@ def test_parameters_have_a_fingerprint():
     assert cli.fingerprint(params) == cli.fingerprint(jax.tree.map(jnp.copy, params))
     changed = params | {"a": params["a"].at[0, 0].set(1e-30)}
     assert cli.fingerprint(changed) != cli.fingerprint(params)
+
+
+def test_watching_takes_steps_as_they_come_and_counts_those_that_went(monkeypatch, capsys):
+    seen = iter([[10], [10], [10, 20, 25], [10, 20, 30], [20, 30]])
+    evaluated, now = [], []
+
+    def look(workdir):
+        now[:] = next(seen, now)
+        return now
+
+    def evaluate_step(flags, overrides, step):
+        if step == 25:
+            raise ValueError("no complete checkpoint of step 25")
+        evaluated.append(step)
+        return types.SimpleNamespace(config=types.SimpleNamespace(train=types.SimpleNamespace(num_steps=30)))
+
+    monkeypatch.setattr(cli, "list_steps", look)
+    monkeypatch.setattr(cli, "_evaluate_step", evaluate_step)
+    assert main(["evaluate", "--workdir=x", "--watch=0.001"]) == 0
+    assert evaluated == [10, 20, 30]
+    assert "step 25 was removed before it could be evaluated" in capsys.readouterr().out
+
+
+def test_training_can_be_interrupted_by_evaluations(monkeypatch):
+    """`eval.every_steps`: between the first step and the last, which has an evaluation of its own."""
+    evaluated, hooks = [], []
+    monkeypatch.setattr(cli, "agree_on_run", lambda *_: None)
+    monkeypatch.setattr(cli, "prepare_workdir", lambda *_: None)
+    monkeypatch.setattr(cli, "_check_evaluation", lambda *_: None)
+    monkeypatch.setattr(cli, "evaluate_state", lambda config, workdir, state, step: evaluated.append(step))
+    monkeypatch.setattr(cli, "train", lambda config, workdir, given, *_: hooks.extend(given))
+    cli.run_training(make_tiny_config(eval__every_steps=2, train__num_steps=6), "x")
+    for step in range(1, 7):
+        for hook in hooks:
+            hook(step, None)
+    assert evaluated == [2, 4]
 
 
 def test_steps_are_chosen_by_name(trained, tmp_path, refused):

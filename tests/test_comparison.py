@@ -37,7 +37,7 @@ def test_the_exact_test_against_scipy():
 
 
 def test_both_tests_have_to_agree():
-    """Five items that only B has right: no bootstrap draw of a hundred shows A ahead, but five coins fall so at 1/16."""
+    """Five items that only B has right: few draws of the bootstrap miss them all, but five coins fall so at 1/16."""
     row = compare_hits("set", "overall", *hits(0, 5, 50, 45))
     assert row.low > 0 and row.p_value == pytest.approx(2 / 2**5) and row.verdict == "not distinguishable"
 

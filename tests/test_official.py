@@ -283,6 +283,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     found = json.loads(out.read_text())
     assert {"overall", "num_items", "num_unparsed", "by_category", "by_group", "items", "rule"} <= set(found)
     assert found["overall"] == 1.0 and found["items"] == {"0": 1}
+    assert found["errors"]["by_category"] == {"animal": 0.0}
     assert "animal" in capsys.readouterr().out
 
 

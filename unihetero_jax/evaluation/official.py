@@ -87,7 +87,11 @@ def format_score(result: Mapping[str, Any]) -> str:
     is_points = result["benchmark"] == "mme"
     shown = (lambda value: f"{value:.1f}") if is_points else (lambda value: f"{value:.4f}")
     rows = [("", "score")]
-    rows += [(name, shown(value)) for key in ("by_group", "by_category") for name, value in result[key].items()]
+    for key in ("by_group", "by_category"):
+        errors = {} if is_points else result.get("errors", {}).get(key, {})
+        rows += [
+            (name, shown(x) + (f" ± {errors[name]:.4f}" if name in errors else "")) for name, x in result[key].items()
+        ]
     error = f" ± {result['standard_error']:.4f}" if "standard_error" in result and not is_points else ""
     rows.append(("overall", shown(result["overall"]) + error))
     rows += [(key, shown(result[key])) for key in (*YES_NO_FIGURES, *CAPTION_FIGURES) if key in result]
@@ -122,7 +126,8 @@ def score_predictions(benchmark: str, questions: str, predictions: str, rule: st
         standard_error: of that share (`mme`: of the accuracy), items on one picture being no independent ones.
         num_items, num_unparsed: items scored, and those of them in whose prediction (circular: in one of whose) the
             rule found no answer.
-        by_category, by_group: the figure for each question type, and for each group of types where the file has them.
+        by_category, by_group: the figure for each question type, and for each group of types where the file has them;
+            `errors` has the standard errors of their accuracies.
         items: 0 or 1 by item (open answers: in between, too).
         rule: what was done, in words.
         num_unanswered, unanswered, num_unknown_predictions, unknown_predictions: what did not match, counted in full,
@@ -461,13 +466,15 @@ def _summary(
         )
     return {
         "overall": _mean(scored),
-        "standard_error": clustered_error(
-            [item.score for item in scored], [item.picture or f"item {item.index}" for item in scored]
-        ),
+        "standard_error": _error(scored),
         "num_items": len(scored),
         "num_unparsed": sum(not item.is_parsed for item in scored),
-        "by_category": _means(scored, lambda item: item.category),
-        "by_group": _means([item for item in scored if item.group], lambda item: item.group),
+        "by_category": _by(scored, lambda item: item.category, _mean),
+        "by_group": _by([item for item in scored if item.group], lambda item: item.group, _mean),
+        "errors": {
+            "by_category": _by(scored, lambda item: item.category, _error),
+            "by_group": _by([item for item in scored if item.group], lambda item: item.group, _error),
+        },
         "items": {item.index: item.score for item in scored},
         "rule": MATCHING[task.rule] + words,
         "num_unanswered": len(unanswered), "unanswered": unanswered[:NUM_NAMED],
@@ -480,11 +487,17 @@ def _mean(scored: Sequence[Scored]) -> float:
     return math.fsum(item.score for item in scored) / len(scored)
 
 
-def _means(scored: Sequence[Scored], key: Callable[[Scored], str]) -> dict[str, float]:
+def _error(scored: Sequence[Scored]) -> float:
+    return clustered_error([item.score for item in scored], [item.picture or f"item {item.index}" for item in scored])
+
+
+def _by(
+    scored: Sequence[Scored], key: Callable[[Scored], str], figure: Callable[[Sequence[Scored]], float]
+) -> dict[str, float]:
     groups: dict[str, list[Scored]] = {}
     for item in scored:
         groups.setdefault(key(item), []).append(item)
-    return {name: _mean(items) for name, items in sorted(groups.items())}
+    return {name: figure(items) for name, items in sorted(groups.items())}
 
 
 def _named(items: Sequence[str], count: int = 0) -> str:

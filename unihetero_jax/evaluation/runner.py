@@ -313,6 +313,8 @@ def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer], prior: Trainin
     right = _by_base(items, chosen)
     if any(item.original_index for item in items):
         overall["accuracy_circular"] = sum(right.values()) / len(right)
+        of_bases = {item.original_index or item.index: item.cluster for item in items}
+        overall["accuracy_circular_error"] = clustered_error(list(right.values()), [of_bases[base] for base in right])
     return {
         "overall": overall,
         "by_category": by_category,
@@ -342,6 +344,7 @@ def _add_blind(
     for key, changed in (("accuracy_without_image", blind), ("accuracy_prior_normalized", raised)):
         right = hits(items, changed)
         overall[key] = sum(right) / len(right)
+        overall[f"{key}_error"] = clustered_error(right, [item.cluster for item in items])
         for category, summary in by_category.items():
             own = [hit for item, hit in zip(items, right, strict=True) if item.category == category]
             summary[key] = sum(own) / len(own)
@@ -515,7 +518,13 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
             "cross-fitted"
         )
     if "accuracy_circular" in overall:
-        notes.append(f"right in all rotations of the options: {overall['accuracy_circular']:.3f}")
+        shown = f"{overall['accuracy_circular']:.3f} ± {overall['accuracy_circular_error']:.3f}"
+        notes.append(f"right in all rotations of the options: {shown}")
+    if "accuracy_without_image" in overall:
+        notes.append(
+            f"s.e. without the picture {overall['accuracy_without_image_error']:.3f}, less the prior "
+            f"{overall['accuracy_prior_normalized_error']:.3f}"
+        )
     for name in ("right", "wrong"):
         if (value := overall.get(f"accuracy_where_prior_is_{name}")) is not None:
             notes.append(f"accuracy where the same model is {name} without the picture: {value:.3f}")
