@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from unihetero_jax.data.question_files import OPTION_LETTERS, Picture, row_pictures, tsv_rows
+from unihetero_jax.data.question_files import OPTION_LETTERS, YES_NO, Picture, row_pictures, tsv_rows
 from unihetero_jax.data.records import RecordError
 
 
@@ -43,8 +43,10 @@ def holds_open_questions(path: Path) -> bool:
         match path.suffix.lower():
             case ".tsv":
                 header = set(text.partition("\n")[0].rstrip("\r").split("\t"))
+                if header & set(OPTION_LETTERS):
+                    return False  # told by its header alone: such tables hold pictures, and are large
                 answers = {row.get("answer", "").strip().lower() for row in tsv_rows(path, text)}
-                return not header & set(OPTION_LETTERS) and not answers <= {"yes", "no", ""}
+                return not answers <= {*YES_NO, ""}
             case ".jsonl":
                 first = json.loads(text.lstrip().partition("\n")[0])
                 return isinstance(first, dict) and bool({"answer", "answers"} & set(first)) and "label" not in first

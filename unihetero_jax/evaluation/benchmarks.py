@@ -5,6 +5,7 @@ A fault in a file is an error that names file, row and column; a row that is wel
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ class Item:
     group: str = ""
     original_index: str = ""
 
-    @property
+    @functools.cached_property
     def cluster(self) -> str:
         """What items share whose answers are not independent: the pictures, else the original question."""
         if not self.images:
