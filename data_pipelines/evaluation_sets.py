@@ -61,13 +61,13 @@ def read_evaluation_set(
         raise ValueError(f"{root} does not exist; give the folder or zip file with the pictures of {path.name}")
     questions = list(read_questions(path))
     indices = {question.index for question in questions}
-    with ImageStore(root) as store:
-        for question in questions:
-            where = f"{path.name}, {question.place}"
-            if question.original_index and question.original_index in indices:
-                yield Dropped("circular_row", where)
-            else:
-                yield from _items(question, store if with_images else None, where)
+    store = ImageStore(root) if with_images else None
+    for question in questions:
+        where = f"{path.name}, {question.place}"
+        if question.original_index and question.original_index in indices:
+            yield Dropped("circular_row", where)
+        else:
+            yield from _items(question, store, where)
 
 
 def _items(question: Question, store: ImageStore | None, where: str) -> Iterator[EvaluationItem | Dropped]:
@@ -82,7 +82,7 @@ def _items(question: Question, store: ImageStore | None, where: str) -> Iterator
         return
     for picture in question.pictures:
         try:
-            image = store.read(picture)
+            image = store.find(picture).read()
             records.probe_image(image)
         except RecordError as error:
             yield Dropped(error.reason, f"{where}, {picture.field}: {error}")

@@ -27,6 +27,7 @@ from experiments import quickstart
 from unihetero_jax.checkpoint import Checkpointer
 from unihetero_jax.cli import load_run, make_log_probs, run_training
 from unihetero_jax.config import Config, from_config_dict
+from unihetero_jax.data.question_files import StoredImage
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import Item
 from unihetero_jax.evaluation.multiple_choice import score_items
@@ -147,7 +148,7 @@ def draw_scenes(config: Config, params: Params, path: Path) -> None:
             question.text,
             question.options,
             question.options.index(question.answer),
-            (files[i],),
+            (StoredImage.of(files[i]),),
             question.kind,
         )
         for i, asked in enumerate(questions)

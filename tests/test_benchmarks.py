@@ -63,7 +63,7 @@ def test_mmbench_rows_are_read_as_strings(tmp_path):
     assert first.options == ("3", "None", "NA", "07") and first.answer == 3 and first.answer_text == "07"
     assert first.images == (RED,)
     assert second.options == ("none", "null") and second.answer == 1 and second.category == "all"
-    assert second.images[0] is first.images[0], "a reference to another row shares its picture"
+    assert second.pictures[0].digest == first.pictures[0].digest, "a reference to another row shares its picture"
 
 
 def test_a_cell_larger_than_the_csv_module_allows_by_default(tmp_path):
@@ -256,7 +256,7 @@ def test_pope(tmp_path, name):
         ("1", "Is there a dog?", ("yes", "no"), 0),
         ("2", "Is there a cat?", ("yes", "no"), 1),
     ]
-    assert items[0].images == (RED,) and items[1].images[0] is items[0].images[0]
+    assert items[0].images == (RED,) and items[1].pictures[0] is items[0].pictures[0]
     path.write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[1] | {"label": "maybe"}))
     with pytest.raises(ValueError, match=r"line 2, field label: expected yes or no, got 'maybe'"):
         read_benchmark(path)

@@ -3,7 +3,9 @@
 import gzip
 import importlib.util
 import json
+import math
 
+import numpy as np
 import pytest
 from test_benchmarks import DATA
 
@@ -32,11 +34,39 @@ def test_words(text, expected):
 @needs_scorers
 def test_equal_captions_score_most_and_others_nothing():
     references = {"1": ["a red dog on a sofa", "the dog sits"], "2": ["two cats"], "3": ["a big green bus in town"]}
-    figures, by_picture = score_captions(references, {index: texts[0] for index, texts in references.items()})
-    assert figures["rouge_l"] == pytest.approx(1.0) and figures["bleu_4"] == pytest.approx(1.0, abs=1e-3)
-    assert by_picture["3"] == pytest.approx(10.0), "one reference, met to the word"
-    figures, by_picture = score_captions(references, dict.fromkeys(references, "zebra"))
-    assert figures["cider"] == figures["rouge_l"] == 0.0 and set(by_picture.values()) == {0.0}
+    found = score_captions(references, {index: texts[0] for index, texts in references.items()})
+    assert found.figures["rouge_l"] == pytest.approx(1.0) and found.figures["bleu_4"] == pytest.approx(1.0, abs=1e-3)
+    assert found.cider_by_picture["3"] == pytest.approx(10.0), "one reference, met to the word"
+    found = score_captions(references, dict.fromkeys(references, "zebra"))
+    assert found.figures["cider"] == found.figures["rouge_l"] == 0.0 and set(found.cider_by_picture.values()) == {0.0}
+    assert set(found.errors.values()) == {0.0}
+
+
+@needs_scorers
+def test_errors_are_those_of_the_jackknife(capsys):
+    """BLEU is no mean over pictures: each picture is left out once, and the public scorer scores the rest."""
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    rng = np.random.default_rng(0)
+    words = ["a", "red", "dog", "on", "the", "sofa", "big"]
+
+    def text(length):
+        return " ".join(rng.choice(words, length))
+
+    references = {str(i): [text(8), text(6)] for i in range(150)}
+    captions = {
+        index: " ".join(one.split()[:5]) + " " + text(rng.integers(1, 3)) for index, (one, _) in references.items()
+    }
+    found = score_captions(references, captions)
+    left_out = []
+    for gone in references:
+        rest = [index for index in references if index != gone]
+        left_out.append(Bleu(4).compute_score({i: references[i] for i in rest}, {i: [captions[i]] for i in rest}, 0)[0])
+    spread = np.sqrt(149 / 150 * ((np.array(left_out) - np.mean(left_out, axis=0)) ** 2).sum(axis=0))
+    for n in range(4):
+        assert found.errors[f"bleu_{n + 1}"] == pytest.approx(spread[n], rel=0.05) and spread[n] > 0.001
+    by_picture = list(found.cider_by_picture.values())
+    assert found.errors["cider"] == pytest.approx(np.std(by_picture) / math.sqrt(150))
 
 
 @needs_scorers

@@ -16,6 +16,7 @@ from unihetero_jax import cli
 from unihetero_jax.checkpoint import list_steps
 from unihetero_jax.cli import choose_steps, main
 from unihetero_jax.evaluation import runner
+from unihetero_jax.inference import generate
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.workdir import RunLock
 
@@ -137,6 +138,24 @@ def test_eight_devices_answer_as_one(trained, tiny_world):
         lines = (workdir / "eval" / "questions-1.jsonl").read_text().splitlines()[1:]
         found.append((result["items"], [x for line in lines for x in json.loads(line)["log_probs"]]))
     assert found[0][0] == found[1][0] and found[0][1] == pytest.approx(found[1][1], abs=1e-4)
+
+
+def test_eight_devices_say_what_one_says(trained, tiny_world, monkeypatch):
+    """Each holds its rows of a batch; the last batch has fewer prompts than rows."""
+    workdir, _ = trained
+    texts, batches = [], []
+    plain = generate.to_global
+    monkeypatch.setattr(generate, "to_global", lambda *args: batches.append(plain(*args)) or batches[-1])
+    eight = ["mesh.data=2", "mesh.fsdp=4", "eval.batch_rows=8", "train.global_batch_rows=8"]
+    for mesh in ([], [f"--config.{field}" for field in eight]):
+        for path in (workdir / "eval").glob("questions-words-1*"):
+            path.unlink()
+        flags = [f"--benchmarks={tiny_world / 'questions.tsv'}", "--mode=words", "--max-new-tokens=6", *mesh]
+        assert main(["evaluate", f"--workdir={workdir}", *flags]) == 0
+        lines = (workdir / "eval" / "questions-words-1.jsonl").read_text().splitlines()[1:]
+        texts.append([json.loads(line)["text"] for line in lines])
+    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+    assert {shard.data.shape[0] for shard in batches[-1].tokens.addressable_shards} == {1}
 
 
 def test_watching_a_finished_run_evaluates_each_step_and_ends(trained, tiny_world, capsys):

@@ -15,6 +15,7 @@ from experiments import base
 from unihetero_jax.config import Config, from_config_dict
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import assemble_row, sample_from_record, stack_rows
+from unihetero_jax.data.question_files import StoredImage
 from unihetero_jax.data.records import (
     ImageSegment,
     Record,
@@ -62,7 +63,7 @@ def make_items(count: int) -> list[Item]:
             f"What is the color of shape {i}?",
             COLORS[: 2 + i % 3],
             i % 2,
-            (picture(i, *sizes[i % 4]),) if i % 5 else (),
+            (StoredImage.of(picture(i, *sizes[i % 4])),) if i % 5 else (),
             f"type {i % 2}",
             hint="Look closely." if i % 7 == 3 else "",
         )
@@ -126,10 +127,17 @@ def test_packed_scores_are_those_of_plain_sequences(tokenizer, turns):
 
 
 def test_two_pictures_before_a_question(tokenizer):
-    item = Item("0", "Are they alike?", ("yes", "no"), 0, (picture(1, 24, 24), picture(2, 40, 24)), "x")
+    item = Item(
+        "0",
+        "Are they alike?",
+        ("yes", "no"),
+        0,
+        (StoredImage.of(picture(1, 24, 24)), StoredImage.of(picture(2, 40, 24))),
+        "x",
+    )
     (score,) = score_items([item], tokenizer, make_config(), hashed_log_probs)
     np.testing.assert_allclose(score.sum_log_probs, plain_scores(item, tokenizer, make_config()), rtol=1e-6)
-    swapped = dataclasses.replace(item, images=item.images[::-1])
+    swapped = dataclasses.replace(item, pictures=item.pictures[::-1])
     assert score_items([swapped], tokenizer, make_config(), hashed_log_probs)[0].sum_log_probs != score.sum_log_probs
 
 
@@ -154,7 +162,9 @@ def test_rows_are_shared_batches_are_full_and_progress_is_told(tokenizer):
 
 @pytest.mark.parametrize("turns", ["branches", "repeated_prefix"])
 def test_an_item_larger_than_a_row_is_spread_over_samples(tokenizer, turns):
-    item = Item("0", "What is the color of shape 1?", COLORS, 0, (picture(1, 48, 48),), "x")  # 3 x 3 visual tokens
+    item = Item(
+        "0", "What is the color of shape 1?", COLORS, 0, (StoredImage.of(picture(1, 48, 48)),), "x"
+    )  # 3 x 3 visual tokens
     wide = make_config(row_tokens=256, turns=turns)
     counts = []
 
@@ -234,9 +244,9 @@ def test_what_cannot_be_scored_is_named_and_the_rest_is_scored(tokenizer):
     good = make_items(3)
     truncated = picture(9)[:-300]
     bad = [
-        Item("t", "q?", ("a", "b"), 0, (truncated,), "x"),
-        Item("z", "q?", ("a", "b"), 0, (b"",), "x"),
-        Item("n", "q?", ("a", "b"), 0, (b"no",), "x"),
+        Item("t", "q?", ("a", "b"), 0, (StoredImage.of(truncated),), "x"),
+        Item("z", "q?", ("a", "b"), 0, (StoredImage.of(b""),), "x"),
+        Item("n", "q?", ("a", "b"), 0, (StoredImage.of(b"no"),), "x"),
     ]
     scores = score_items(
         [bad[0], good[0], bad[1], good[1], bad[2], good[2]], tokenizer, make_config(), hashed_log_probs

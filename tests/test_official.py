@@ -1,6 +1,7 @@
 """Scoring alone: equal to the public scorers item by item, and plain about what does not match."""
 
 import json
+import math
 
 import openpyxl
 import pytest
@@ -84,7 +85,7 @@ def test_the_three_files_of_pope_are_averaged(tmp_path):
     rows = {"random": ["yes", "no"], "popular": ["yes", "yes"]}
     files = []
     for name, labels in rows.items():
-        lines = [{"question_id": i, "image": "x", "text": "Is it?", "label": label} for i, label in enumerate(labels)]
+        lines = [{"question_id": i, "image": str(i), "text": "Is it?", "label": one} for i, one in enumerate(labels)]
         answers = [{"question_id": i, "answer": "Yes, it is"} for i in range(2)]
         for kind, content in (("q", lines), ("p", answers)):
             (tmp_path / f"{name}_{kind}.jsonl").write_text("\n".join(map(json.dumps, content)))
@@ -93,6 +94,9 @@ def test_the_three_files_of_pope_are_averaged(tmp_path):
     result = score_predictions("pope", questions, predictions)
     assert result["by_group"] == {"random_q": 0.5, "popular_q": 1.0} and result["overall"] == 0.75
     assert result["num_items"] == 4 and result["items"]["random_q/1"] == 0
+    of_random = math.sqrt(0.5) / 2
+    assert result["errors"]["by_group"] == {"random_q": pytest.approx(of_random), "popular_q": 0.0}
+    assert result["standard_error"] == pytest.approx(of_random / 2) == result["errors"]["figures"]["accuracy"]
     assert result["f1"] == pytest.approx((2 / 3 + 1) / 2) and "mean over 2 files" in format_score(result)
     with pytest.raises(ValueError, match="as many files of one as of the other"):
         score_predictions("pope", questions, files[0][1])
@@ -235,6 +239,12 @@ def test_mme_adds_accuracy_and_accuracy_of_both(tmp_path):
     assert result["by_category"] == {"color": 75.0 + 50.0, "OCR": 0.0} and result["overall"] == 125.0
     assert result["by_group"] == {"perception": 125.0, "cognition": 0.0} and len(result["missing_categories"]) == 12
     assert result["accuracy"] == 0.5 and result["num_unparsed"] == 1
+    # Pictures of 200 and 50 points: their spread over the root of two; of one picture there is no spread.
+    assert result["errors"]["by_category"] == {"color": pytest.approx(75 / math.sqrt(2)), "OCR": 0.0}
+    assert result["standard_error"] == pytest.approx(75 / math.sqrt(2)) == result["errors"]["by_group"]["perception"]
+    assert "125.0 ± 53.0" in format_score(result)
+    with pytest.raises(ValueError, match="MME's points are of one file"):
+        score_predictions("mme", f"{questions},x.tsv", "p.tsv,q.tsv")
     write_tsv(tmp_path / "mme.tsv", mme_rows()[:-1], columns)
     with pytest.raises(ValueError, match=r"two questions on each picture; not so for c\.png"):
         score_predictions("mme", questions, predicted(tmp_path / "p.tsv", answers))

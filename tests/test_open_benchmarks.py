@@ -8,6 +8,7 @@ import pytest
 from test_benchmarks import BLUE, RED, write_tsv
 from test_multiple_choice import hashed_log_probs, make_config, tokenizer  # noqa: F401
 
+from unihetero_jax.data.records import RecordError
 from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.runner import Model, evaluate, select_benchmarks
 
@@ -59,13 +60,39 @@ def test_open_questions_are_asked_with_their_pictures_and_judged_by_people(pictu
 
 
 def test_captions_are_asked_for_by_the_prompt(pictures):
-    images = [{"id": 7, "file_name": "red.png"}, {"id": 8, "file_name": "blue.png"}]
     annotations = [{"image_id": 7, "caption": "a red square"}, {"image_id": 7, "caption": "all red"}]
     path = pictures / "captions.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    path.write_text(json.dumps({"images": [{"id": 7, "file_name": "red.png"}], "annotations": annotations}))
     (item,) = read_benchmark(path).items
     assert (item.index, item.question, item.images) == ("7", "", (RED,))
     assert item.references == ("a red square", "all red")
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"images": [{"id": 7}, {"id": 8}], "annotations": [{"image_id": 7}]}, "1 pictures without a caption.*image 8"),
+        ({"images": [{"id": 7}], "annotations": [{"image_id": 7}, {"image_id": 9}]}, "does not list, such as image 9"),
+        ({"images": [7], "annotations": []}, "field images, entry 1: expected an object, got 7"),
+        ({"annotations": [5]}, "field annotations, entry 1: expected an object, got 5"),
+        ({"annotations": [{"question_id": 1}], "questions": 5}, "field questions: a list was expected, got 5"),
+    ],
+)
+def test_broken_annotations_are_refused(pictures, document, message):
+    path = pictures / "faulty.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=message):
+        read_benchmark(path)
+
+
+def test_pictures_are_not_kept_in_memory(pictures):
+    """Each is read once to know it, and again when it is asked for."""
+    path = write_vqa(pictures)
+    first, second = read_benchmark(path).items
+    assert first.pictures[0] is second.pictures[0] and first.cluster == second.cluster
+    (pictures / "images" / "red.png").unlink()
+    with pytest.raises(RecordError, match=r"red\.png' cannot be read"):
+        _ = first.images
 
 
 def test_annotations_of_vqa_alone_are_no_captions(pictures):

@@ -65,10 +65,11 @@ def train_on(servers, tiny_flags):
 
 @pytest.fixture(scope="module")
 def evaluate_on(servers):
-    """`evaluate_on(n, workdir, questions)`: `evaluate` of the last step on n processes."""
+    """`evaluate_on(n, workdir, questions, flags)`: `evaluate` of the last step on n processes."""
 
-    def run(count, workdir, questions):
-        return run_together(servers, count, lambda _: ["evaluate", f"--workdir={workdir}", f"--benchmarks={questions}"])
+    def run(count, workdir, questions, *flags):
+        command = ["evaluate", f"--workdir={workdir}", f"--benchmarks={questions}", *flags]
+        return run_together(servers, count, lambda _: command)
 
     return run
 
@@ -193,6 +194,20 @@ def test_two_processes_evaluate_as_one(train_on, evaluate_on, tiny_world, tmp_pa
     assert results[1]["items"] == results[2]["items"] and results[1]["predictions"] == results[2]["predictions"]
     for one, two in zip(results[1, "log_probs"], results[2, "log_probs"], strict=True):
         assert one == pytest.approx(two, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_says(train_on, evaluate_on, tiny_world, tmp_path):
+    assert codes(train_on(1, tmp_path, changes={"train__num_steps": 2})) == {0: 0}
+    results = {}
+    for count in (1, 2):
+        for path in (tmp_path / "eval").glob("questions*"):
+            path.unlink()
+        flags = ["--mode=words", "--max-new-tokens=6"]
+        finished = evaluate_on(count, tmp_path, tiny_world / "questions.tsv", *flags)
+        assert codes(finished) == dict.fromkeys(range(count), 0), outputs(finished)
+        results[count] = json.loads((tmp_path / "eval" / "questions-words-2.json").read_text())["predictions"]
+    assert results[1] == results[2] and any(results[1].values())
 
 
 @pytest.mark.slow

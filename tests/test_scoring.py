@@ -18,6 +18,8 @@ from unihetero_jax.evaluation.scoring import (
     hits,
     summarize,
     summarize_by_category,
+    yes_no_errors,
+    yes_no_figures,
     yes_no_metrics,
 )
 from unihetero_jax.evaluation.training_prior import TrainingPrior, split_by_prior
@@ -158,6 +160,28 @@ def test_items_of_a_cluster_widen_the_error():
         "copies tell nothing new"
     )
     assert clustered_error([1, 0, 1, 0], ["a", "a", "b", "b"]) == 0.0
+
+
+@pytest.mark.parametrize("unparsed_is_no", [True, False])
+def test_errors_of_f1_are_the_spread_over_samples_of_clusters(unparsed_is_no):
+    """2,000 samples of 150 pictures with four questions each; an answer is neither yes nor no now and then."""
+    rng = np.random.default_rng(1)
+    found, errors = [], []
+    for _ in range(2000):
+        ease = np.repeat(rng.beta(1, 0.5, 150), 4)
+        is_yes = rng.random(600) < 0.4
+        said = np.where(rng.random(600) < ease, is_yes, ~is_yes)
+        answers = np.where(rng.random(600) < 0.1, "", np.where(said, "yes", "no")).tolist()
+        truth = np.where(is_yes, "yes", "no").tolist()
+        found.append(yes_no_figures(truth, answers, unparsed_is_no))
+        errors.append(yes_no_errors(truth, answers, np.repeat(np.arange(150), 4).astype(str).tolist(), unparsed_is_no))
+    for name in ("accuracy", "precision", "recall", "f1", "yes_ratio"):
+        spread = np.std([figures[name] for figures in found])
+        assert np.mean([error[name] for error in errors]) == pytest.approx(spread, rel=0.06), name
+
+
+def test_no_yes_has_no_error_of_its_precision():
+    assert yes_no_errors(["no", "no"], ["no", "no"], ["a", "b"])["precision"] == 0.0
 
 
 def test_the_clustered_error_is_the_spread_of_means_over_samples_of_clusters():

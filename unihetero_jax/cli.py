@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.bias import turns_of
 from data_pipelines.prepared import read_stored
@@ -575,18 +574,19 @@ def make_log_probs(config: Config, params: Params) -> LogProbs:
     mesh = make_mesh(config.mesh)
     rows = local_rows(mesh, config.eval.batch_rows)
 
-    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    def log_probs(params: Params, batch: Batch) -> jax.Array:
-        with activation_mesh(mesh):
-            require_segments_alone(config.model.attention_backend, config.data.turns)
-            output = build(config.model, config.objective, params)(batch)
-            chunk = config.loss.text_chunk
-            return -text_nll(output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, chunk)[1]
-
     def score(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(jax.device_get(log_probs(params, to_global(arrays, mesh))))[rows]
+        with activation_mesh(mesh):
+            return fetch(_log_probs(config, params, to_global(arrays, mesh)))[rows]
 
     return score
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _log_probs(config: Config, params: Params, batch: Batch) -> jax.Array:
+    """Of module level, so that each evaluation of a run uses the program that the first one compiled."""
+    require_segments_alone(config.model.attention_backend, config.data.turns)
+    output = build(config.model, config.objective, params)(batch)
+    return -text_nll(output.hidden, output.unembedding, batch.tokens, batch.text_loss_mask, config.loss.text_chunk)[1]
 
 
 def _one_replicate(params: Params, config: Config, replicate: int) -> Params:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from unihetero_jax.data.question_files import IMAGE_SUFFIXES
+from unihetero_jax.data.question_files import IMAGE_SUFFIXES, StoredImage
 
 LABEL_NAME = "label_name"
 """Column of a parquet file whose schema lists no classes."""
@@ -15,10 +15,10 @@ LABEL_NAME = "label_name"
 
 @dataclasses.dataclass(frozen=True)
 class LabelledImage:
-    """One picture: its name in the set, its bytes, and the position of its class in `class_names`."""
+    """One picture: its name in the set, the picture, and the position of its class in `class_names`."""
 
     index: str
-    data: bytes
+    picture: StoredImage
     label: int
 
 
@@ -50,7 +50,7 @@ def read_labelled_images(path: Path) -> Iterator[LabelledImage]:
         for label, name in enumerate(names):
             for file in sorted((path / name).iterdir()):
                 if file.suffix.lower() in IMAGE_SUFFIXES:
-                    yield LabelledImage(f"{name}/{file.name}", file.read_bytes(), label)
+                    yield LabelledImage(f"{name}/{file.name}", StoredImage(file.read_bytes), label)
         return
     image_column, label_column, listed = _columns(path)
     places = {number if listed else name: number for number, name in enumerate(names)}
@@ -62,7 +62,7 @@ def read_labelled_images(path: Path) -> Iterator[LabelledImage]:
                 raise ValueError(f"{path}: row {row}, column {image_column}: no picture")
             if label not in places:
                 raise ValueError(f"{path}: row {row}, column {label_column}: {label!r} is none of {len(names)} classes")
-            yield LabelledImage(str(row), data, places[label])
+            yield LabelledImage(str(row), StoredImage.of(data), places[label])
             row += 1
 
 

@@ -87,7 +87,9 @@ def read_open_questions(path: str | Path) -> list[OpenQuestion]:
 
 def _table_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     rows = tsv_rows(path, text)
-    cells = {row.get("index", ""): row.get("image", "") for row in rows}
+    if rows and "index" not in rows[0]:
+        raise ValueError(f"{path}: missing column index; found: {', '.join(rows[0])}")
+    cells = {row["index"]: row.get("image", "") for row in rows}
     for number, row in enumerate(rows, start=2):
         faults: list[RecordError] = []
         pictures = row_pictures(row, cells, faults)
@@ -95,7 +97,9 @@ def _table_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, An
             raise ValueError(f"{path}: row {number}, {faults[0]}") from faults[0]
         answer = row.get("answer", "").strip()
         answers = _listed(answer) if answer.startswith("[") else [answer]
-        yield f"row {number}", row | {"answers": [a for a in answers if a], "pictures": pictures, "answer": ""}
+        yield f"row {number}", row | {
+            "question_id": row["index"], "answers": [a for a in answers if a], "pictures": pictures, "answer": "",
+        }  # fmt: skip
 
 
 def _listed(cell: str) -> list[Any]:
@@ -116,13 +120,13 @@ def _json_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
     if isinstance(document, dict) and isinstance(document.get("images"), list):
-        entries = _captioned(document)
+        entries = _captioned(path, document)
     elif isinstance(document, dict) and isinstance(document.get("annotations"), list):
-        texts = {str(q.get("question_id")): q for q in document.get("questions", [])}
+        texts = {str(q.get("question_id")): q for q in _objects(path, document, "questions")}
         subset = document.get("data_subtype", "")
         entries = [
             {"image": _coco_name(subset, a.get("image_id"))} | texts.get(str(a.get("question_id")), {}) | a
-            for a in document["annotations"]
+            for a in _objects(path, document, "annotations")
         ]
     elif isinstance(document, dict) and isinstance(document.get("data"), list):
         entries = document["data"]
@@ -136,20 +140,38 @@ def _json_entries(path: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any
         yield f"entry {number}", entry
 
 
-def _captioned(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """COCO's captions as questions, one for each picture that has any."""
+def _objects(path: Path, document: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
+    """A field that lists objects; a missing one is empty."""
+    entries = document.get(field, [])
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: field {field}: a list was expected, got {entries!r:.80}")
+    for number, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path}: field {field}, entry {number}: expected an object, got {entry!r:.80}")
+    return entries
+
+
+def _captioned(path: Path, document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """COCO's captions as questions, one for each picture."""
     captions: dict[str, list[str]] = {}
-    for annotation in document.get("annotations", []):
+    for annotation in _objects(path, document, "annotations"):
         captions.setdefault(str(annotation.get("image_id")), []).append(str(annotation.get("caption", "")))
+    images = {str(image.get("id")): image for image in _objects(path, document, "images")}
+    for fault, indices in (
+        ("pictures without a caption", [index for index in images if index not in captions]),
+        ("captions of pictures that `images` does not list", [index for index in captions if index not in images]),
+    ):
+        if indices:
+            shown = ", ".join(indices[:5])
+            raise ValueError(f"{path}: {len(indices)} {fault}, such as image {shown}; take them out, or add what lacks")
     return [
         {
-            "question_id": image["id"],
-            "answers": captions[str(image["id"])],
+            "question_id": index,
+            "answers": captions[index],
             "image": image.get("file_name"),
             "is_caption": True,
         }
-        for image in document["images"]
-        if str(image.get("id")) in captions
+        for index, image in images.items()
     ]
 
 

@@ -87,6 +87,10 @@ class Hole:
     num_images: int
 
 
+NUM_MARKERS = 2
+"""`<boi>` and `<eoi>` around an image."""
+
+
 def image_pieces(
     pixels: np.ndarray, tokenizer: Tokenizer, text_loss: bool = False, visual_loss: bool = False
 ) -> list[Piece]:

@@ -10,6 +10,7 @@ import base64
 import binascii
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import string
 import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -411,8 +412,41 @@ def _nlvr_question(place: str, row: Mapping[str, Any]) -> Question:
 # ---------------------------------------------------------------- pictures
 
 
+class StoredImage:
+    """A picture that is read each time its bytes are asked for: a large set of them takes no memory.
+
+    Two are equal if their bytes are.
+
+    Args:
+        load: gives the bytes; may raise what `ImageStore.find` names.
+    """
+
+    def __init__(self, load: Callable[[], bytes]):
+        self._load = load
+
+    @classmethod
+    def of(cls, data: bytes) -> "StoredImage":
+        """A picture that is in memory anyway."""
+        return cls(lambda: data)
+
+    def read(self) -> bytes:
+        """The bytes of its file."""
+        return self._load()
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """16 bytes that tell it from other pictures; reads it once."""
+        return hashlib.blake2b(self.read(), digest_size=16).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredImage) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
 class ImageStore:
-    """The pictures of a questions file; each is held once, however often asked.
+    """The pictures of a questions file.
 
     Looked through, in this order: a folder, folders `images*` in it, zips `images*.zip` in it, any other zip in it. A
     name may lack its extension (SEED-Bench's `data_id`); in a zip it may lack the leading folders as long as only one
@@ -427,55 +461,38 @@ class ImageStore:
         preferred = sorted(root.glob("images*.zip")) if root.is_dir() else [root]
         self._zip_paths = [*preferred, *sorted(p for p in root.glob("*.zip") if p not in preferred)]
         self._archives: list[_Archive] | None = None
-        self._by_name: dict[str, bytes] = {}
-        self._by_cell: dict[str, bytes] = {}
+        self._found: dict[Picture, StoredImage] = {}
 
-    def __enter__(self) -> "ImageStore":
-        return self
+    def find(self, picture: Picture) -> StoredImage:
+        """A picture; asked for twice, it is one object.
 
-    def __exit__(self, *exc_info: object) -> None:
-        for archive in self._archives or ():
-            archive.file.close()
-
-    def read(self, picture: Picture) -> bytes:
-        """The bytes of a picture; equal pictures share one object.
-
-        Raises:
+        Raises, as does reading it:
             RecordError: `missing_image`, `ambiguous_image`, `unreadable_image`, `damaged_archive` or `not_base64`.
             ValueError: an archive that has to be looked through is none.
         """
-        return self._decoded(picture.cell) if picture.cell else self._named(picture.name)
+        key = dataclasses.replace(picture, field="")
+        if key not in self._found:
+            load = functools.partial(_decoded, picture.cell) if picture.cell else self._named(picture.name)
+            self._found[key] = StoredImage(load)
+        return self._found[key]
 
     def digest(self) -> bytes:
-        """Identity of every picture read by name (those in the questions file are covered by that file's own hash)."""
+        """Identity of every picture found by name (those in the questions file are covered by that file's own hash)."""
         total = hashlib.blake2b()
-        for name in sorted(self._by_name):
-            total.update(name.encode() + b"\0" + hashlib.blake2b(self._by_name[name]).digest())
+        for name, image in sorted((key.name, image) for key, image in self._found.items() if not key.cell):
+            total.update(name.encode() + b"\0" + image.digest)
         return total.digest()
 
-    def _named(self, name: str) -> bytes:
-        if name not in self._by_name:
-            self._by_name[name] = self._find(name)
-        return self._by_name[name]
-
-    def _decoded(self, cell: str) -> bytes:
-        key = hashlib.blake2b(cell.encode()).hexdigest()
-        if key not in self._by_cell:
-            try:
-                self._by_cell[key] = base64.b64decode(re.sub(r"\s+", "", cell), validate=True)
-            except (binascii.Error, ValueError) as error:  # ValueError: a character beyond ASCII
-                raise RecordError("not_base64", f"not base64 ({error})") from error
-        return self._by_cell[key]
-
-    def _find(self, name: str) -> bytes:
+    def _named(self, name: str) -> Callable[[], bytes]:
+        """What reads the picture that answers to a name."""
         for folder in self._folders:
             for candidate in (name, *(name + suffix for suffix in IMAGE_SUFFIXES)):
                 path = folder / candidate
                 try:
                     if path.resolve().is_relative_to(folder.resolve()) and path.is_file():
-                        return path.read_bytes()
-                except (OSError, ValueError) as error:  # a name too long or with a null character, a failing disk
-                    raise RecordError("unreadable_image", f"picture {name!r:.80} cannot be read: {error}") from error
+                        return functools.partial(_read_file, path)
+                except (OSError, ValueError) as error:  # a name too long or with a null character
+                    raise _unreadable(name, error) from error
         if self._archives is None:
             self._archives = [_open_archive(path) for path in self._zip_paths]
         for archive in self._archives:
@@ -486,14 +503,28 @@ class ImageStore:
                     "ambiguous_image", f"picture {name!r} is ambiguous in {archive.file.filename}: {listed}"
                 )
             for member in members:
-                try:
-                    return archive.file.read(member)
-                except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
-                    detail = f"picture {member!r} cannot be read from {archive.file.filename}: {error}"
-                    raise RecordError("damaged_archive", detail) from error
+                return functools.partial(archive.read, member)
         looked = ", ".join(str(p) for p in (*self._folders, *self._zip_paths))
         detail = f"picture {name!r} not found; looked in {looked}. Put images/ or images.zip beside the file"
         raise RecordError("missing_image", detail)
+
+
+def _decoded(cell: str) -> bytes:
+    try:
+        return base64.b64decode(re.sub(r"\s+", "", cell), validate=True)
+    except (binascii.Error, ValueError) as error:  # ValueError: a character beyond ASCII
+        raise RecordError("not_base64", f"not base64 ({error})") from error
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(str(path), error) from error
+
+
+def _unreadable(name: str, error: Exception) -> RecordError:
+    return RecordError("unreadable_image", f"picture {name!r:.80} cannot be read: {error}")
 
 
 def _open_archive(path: Path) -> "_Archive":
@@ -520,6 +551,14 @@ class _Archive:
     file: zipfile.ZipFile
     by_path: Mapping[str, set[str]]
     by_file: Mapping[str, set[str]]
+
+    def read(self, member: str) -> bytes:
+        """The bytes of one picture."""
+        try:
+            return self.file.read(member)
+        except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError) as error:
+            detail = f"picture {member!r} cannot be read from {self.file.filename}: {error}"
+            raise RecordError("damaged_archive", detail) from error
 
     def members(self, name: str) -> set[str]:
         """Pictures that answer to `name`; its path in the zip goes before its file name alone."""

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from unihetero_jax.data.labelled_images import class_names, read_labelled_images
 from unihetero_jax.data.open_questions import holds_open_questions, read_open_questions
-from unihetero_jax.data.question_files import OPTION_LETTERS, ImageStore, Picture, Question, read_questions
+from unihetero_jax.data.question_files import (
+    OPTION_LETTERS,
+    ImageStore,
+    Picture,
+    Question,
+    StoredImage,
+    read_questions,
+)
 from unihetero_jax.data.records import RecordError
 from unihetero_jax.evaluation.circular import group_rotations
 
@@ -31,8 +38,8 @@ class Item:
         question: text of the question.
         options: answer texts, at least two, in file order.
         answer: position of the right option.
-        images: the original bytes of its pictures, in order; they come before the question, whose text may refer to
-            them (`<image 1>`). Empty for a question without one.
+        pictures: in order; they come before the question, whose text may refer to them (`<image 1>`). Empty for a
+            question without one.
         category: question type that results are grouped by.
         hint: text to be read before the question; often empty.
         references: answers of people, where the question is open; then there are no options and `answer` is -1.
@@ -44,7 +51,7 @@ class Item:
     question: str
     options: tuple[str, ...]
     answer: int
-    images: tuple[bytes, ...]
+    pictures: tuple[StoredImage, ...]
     category: str
     hint: str = ""
     references: tuple[str, ...] = ()
@@ -54,10 +61,15 @@ class Item:
     @functools.cached_property
     def cluster(self) -> str:
         """What items share whose answers are not independent: the pictures, else the original question."""
-        if not self.images:
+        if not self.pictures:
             return self.original_index or self.index
-        digests = b"".join(hashlib.blake2b(image).digest() for image in self.images)
+        digests = b"".join(picture.digest for picture in self.pictures)
         return hashlib.blake2b(digests, digest_size=8).hexdigest()
+
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        """The original bytes of its pictures, read anew each time."""
+        return tuple(picture.read() for picture in self.pictures)
 
     def option_label(self, position: int) -> str:
         """How public scorers expect an option: by its letter, but yes and no, and one of many classes, by its text."""
@@ -123,13 +135,12 @@ def read_benchmark(path: str | Path, rotations: bool = False) -> Benchmark:
     if path.is_dir() or path.suffix.lower() == ".parquet":
         return _read_classification(path)
     skipped: Counter[str] = Counter()
-    with ImageStore(path.parent) as images:
-        is_open = holds_open_questions(path)
-        items = tuple(_open_items(path, images) if is_open else _items(path, images, skipped, rotations))
-        image_digest = images.digest()
+    images = ImageStore(path.parent)
+    is_open = holds_open_questions(path)
+    items = tuple(_open_items(path, images) if is_open else _items(path, images, skipped, rotations))
     _check_items(path, items, skipped)
     file_digest = hashlib.blake2b(path.read_bytes()).digest()
-    digest = hashlib.blake2b(file_digest + image_digest, digest_size=8).hexdigest()
+    digest = hashlib.blake2b(file_digest + images.digest(), digest_size=8).hexdigest()
     return Benchmark(path.stem, path, items, digest, dict(sorted(skipped.items())))
 
 
@@ -158,8 +169,8 @@ def _read_classification(path: Path) -> Benchmark:
     options = tuple(CLASS_TEMPLATE.format(name.replace("_", " ")) for name in names)
     state, items = hashlib.blake2b("\0".join(options).encode(), digest_size=8), []
     for image in read_labelled_images(path):
-        state.update(f"{image.index}\0{image.label}\0".encode() + hashlib.blake2b(image.data).digest())
-        items.append(Item(image.index, "", options, image.label, (image.data,), names[image.label]))
+        state.update(f"{image.index}\0{image.label}\0".encode() + image.picture.digest)
+        items.append(Item(image.index, "", options, image.label, (image.picture,), names[image.label]))
     _check_items(path, tuple(items), Counter())
     return Benchmark(path.stem, path, tuple(items), state.hexdigest(), {})
 
@@ -176,7 +187,7 @@ def _open_items(path: Path, images: ImageStore) -> Iterator[Item]:
             question=question.question,
             options=(),
             answer=-1,
-            images=_read_pictures(place, question.pictures, images),
+            pictures=_find_pictures(place, question.pictures, images),
             category=question.category,
             references=question.answers,
         )
@@ -193,7 +204,7 @@ def _item(path: Path, question: Question, images: ImageStore) -> Item:
         question=question.question,
         options=question.options,
         answer=question.answer,
-        images=_read_pictures(place, question.pictures, images),
+        pictures=_find_pictures(place, question.pictures, images),
         category=question.category,
         hint=question.hint,
         group=question.group,
@@ -201,11 +212,13 @@ def _item(path: Path, question: Question, images: ImageStore) -> Item:
     )
 
 
-def _read_pictures(place: str, pictures: Sequence[Picture], images: ImageStore) -> tuple[bytes, ...]:
+def _find_pictures(place: str, pictures: Sequence[Picture], images: ImageStore) -> tuple[StoredImage, ...]:
+    """The pictures, each read once to know it; the bytes are not kept."""
     found = []
     for picture in pictures:
         try:
-            found.append(images.read(picture))
+            found.append(images.find(picture))
+            _ = found[-1].digest
         except RecordError as error:
             raise ValueError(f"{place}, {picture.field}: {_detail(error)}") from error
     return tuple(found)

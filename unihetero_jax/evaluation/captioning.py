@@ -7,12 +7,16 @@ validation captions the two differ by .002 of CIDEr). Harnesses that skip this s
 """
 
 import contextlib
+import dataclasses
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from unihetero_jax.evaluation.scoring import influence_error, mean_influences
+
 Tokenization = Literal["regex", "ptb"]
+MAX_BLEU = 4
 _WORD = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|[^\W_]+(?:[-.][^\W_]+)*?(?=n't)|[^\W_]+(?:[-.][^\W_]+)*")
 
 
@@ -21,18 +25,28 @@ def tokenize(text: str) -> str:
     return " ".join(_WORD.findall(text.lower().replace("\u2019", "'")))
 
 
+@dataclasses.dataclass(frozen=True)
+class CaptionScores:
+    """Figures over all pictures, their standard errors, and CIDEr-D by picture.
+
+    `figures` and `errors`: `cider` (CIDEr-D, 0 to 10), `bleu_1` to `bleu_4`, `rouge_l`. The error of a BLEU, a ratio of
+    sums over pictures, is by the delta method.
+    """
+
+    figures: Mapping[str, float]
+    errors: Mapping[str, float]
+    cider_by_picture: Mapping[str, float]
+
+
 def score_captions(
     references: Mapping[str, Sequence[str]], captions: Mapping[str, str], tokenization: Tokenization = "regex"
-) -> tuple[dict[str, float], dict[str, float]]:
+) -> CaptionScores:
     """Scores captions of pictures.
 
     Args:
         references: what people wrote, by picture.
         captions: one for each of the same pictures.
         tokenization: see above.
-
-    Returns:
-        `cider` (CIDEr-D, 0 to 10), `bleu_1` to `bleu_4`, `rouge_l` over all pictures; and CIDEr-D by picture.
 
     Raises:
         ValueError: pycocoevalcap is not installed, or there is no Java for `ptb`.
@@ -48,11 +62,41 @@ def score_captions(
     truth, found = _tokenized({index: list(references[index]) for index in indices}, captions, tokenization)
     with contextlib.redirect_stdout(sys.stderr):  # the library prints
         cider, by_picture = Cider().compute_score(truth, found)
-        bleu, _ = Bleu(4).compute_score(truth, found)
-        rouge, _ = Rouge().compute_score(truth, found)
+        bleu, _ = Bleu(MAX_BLEU).compute_score(truth, found)
+        rouge, rouge_by_picture = Rouge().compute_score(truth, found)
     figures = {"cider": float(cider), "rouge_l": float(rouge)}
     figures |= {f"bleu_{n}": float(value) for n, value in enumerate(bleu, start=1)}
-    return figures, {index: float(value) for index, value in zip(truth, by_picture, strict=True)}
+    by_picture, rouge_by_picture = (list(map(float, values)) for values in (by_picture, rouge_by_picture))
+    influences = {"cider": mean_influences(by_picture), "rouge_l": mean_influences(rouge_by_picture)}
+    influences |= _bleu_influences(truth, found, figures)
+    errors = {name: influence_error(values, list(truth)) for name, values in influences.items()}
+    return CaptionScores(figures, errors, dict(zip(truth, by_picture, strict=True)))
+
+
+def _bleu_influences(
+    truth: Mapping[str, list[str]], found: Mapping[str, list[str]], figures: Mapping[str, float]
+) -> dict[str, list[float]]:
+    """How much each picture pulls the corpus' BLEU-1 to BLEU-4, to first order.
+
+    log BLEU-n is the mean over k <= n of log(sum of matches of k words / sum of guesses of k words), plus
+    min(0, 1 - reference length / length).
+    """
+    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
+
+    counts = [cook_test(found[index][0], cook_refs(texts), eff="closest") for index, texts in truth.items()]
+    orders = range(MAX_BLEU)
+    matches, guesses = ([sum(c[key][k] for c in counts) for k in orders] for key in ("correct", "guess"))
+    length, reference = (sum(c[key] for c in counts) for key in ("testlen", "reflen"))
+
+    def pull(count: Mapping[str, Any], n: int) -> float:
+        if not all(matches[:n]):
+            return 0.0
+        precision = sum(count["correct"][k] / matches[k] - count["guess"][k] / guesses[k] for k in range(n)) / n
+        is_short = length < reference
+        brevity = (count["testlen"] * reference / length - count["reflen"]) / length if is_short else 0.0
+        return figures[f"bleu_{n}"] * (precision + brevity)
+
+    return {f"bleu_{n}": [pull(count, n) for count in counts] for n in range(1, MAX_BLEU + 1)}
 
 
 def _tokenized(

@@ -23,6 +23,7 @@ from unihetero_jax import distributed
 from unihetero_jax.config import Config, DataConfig
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import (
+    NUM_MARKERS,
     PackedSample,
     Piece,
     TokenPiece,
@@ -48,8 +49,6 @@ from unihetero_jax.data.transforms import resize_to_grid
 from unihetero_jax.evaluation.benchmarks import Item
 from unihetero_jax.evaluation.scoring import OptionScores
 
-NUM_MARKERS = 2
-"""`<boi>` and `<eoi>` around a picture."""
 TOO_LONG, EMPTY, NOT_FINITE = "too_long", "empty_text", "not_finite"
 
 

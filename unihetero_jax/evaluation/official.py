@@ -19,7 +19,7 @@ from unihetero_jax.evaluation.benchmarks import Item
 from unihetero_jax.evaluation.captioning import score_captions
 from unihetero_jax.evaluation.circular import NUM_NAMED, group_rotations
 from unihetero_jax.evaluation.predictions import Prediction, by_index, read_predictions
-from unihetero_jax.evaluation.scoring import clustered_error, yes_no_figures
+from unihetero_jax.evaluation.scoring import clustered_error, yes_no_errors, yes_no_figures
 from unihetero_jax.evaluation.vqa import exact_match, vqa_accuracy
 from unihetero_jax.text_table import align
 
@@ -33,7 +33,7 @@ OTHER_ANSWERS = "Other Answers"
 YES_NO_FIGURES = ("accuracy", "precision", "recall", "f1", "yes_ratio")
 MEANS = (*YES_NO_FIGURES, "yes_ratio_of_labels", "cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l")
 """Figures that are averaged over files."""
-UNMATCHED = ("unanswered", "unknown_predictions")
+UNMATCHED = ("unanswered", "unknown_predictions", "unknown_columns")
 CAPTION_FIGURES = ("cider", "bleu_1", "bleu_4", "rouge_l")
 
 MATCHING: Mapping[str, str] = {
@@ -63,6 +63,11 @@ class Scored:
     is_parsed: bool
     picture: str
 
+    @property
+    def cluster(self) -> str:
+        """What items share that are not independent."""
+        return self.picture or f"item {self.index}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -84,17 +89,18 @@ class Task:
 
 def format_score(result: Mapping[str, Any]) -> str:
     """The figures of `score_predictions` as text."""
-    is_points = result["benchmark"] == "mme"
-    shown = (lambda value: f"{value:.1f}") if is_points else (lambda value: f"{value:.4f}")
+    digits = 1 if result["benchmark"] == "mme" else 4
+    errors = result.get("errors", {})
+
+    def shown(value: float, error: float | None, digits: int = digits) -> str:
+        return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
     rows = [("", "score")]
     for key in ("by_group", "by_category"):
-        errors = {} if is_points else result.get("errors", {}).get(key, {})
-        rows += [
-            (name, shown(x) + (f" ± {errors[name]:.4f}" if name in errors else "")) for name, x in result[key].items()
-        ]
-    error = f" ± {result['standard_error']:.4f}" if "standard_error" in result and not is_points else ""
-    rows.append(("overall", shown(result["overall"]) + error))
-    rows += [(key, shown(result[key])) for key in (*YES_NO_FIGURES, *CAPTION_FIGURES) if key in result]
+        rows += [(name, shown(value, errors.get(key, {}).get(name))) for name, value in result[key].items()]
+    rows.append(("overall", shown(result["overall"], result.get("standard_error"))))
+    named = [key for key in (*YES_NO_FIGURES, *CAPTION_FIGURES) if key in result]
+    rows += [(key, shown(result[key], errors.get("figures", {}).get(key), 4)) for key in named]
     lines = [f"{result['benchmark']}: {result['rule']}", *align(rows, numbers=True)]
     lines.append(f"{result['num_items']} items, {result['num_unparsed']} without an answer that could be read")
     for key, words in (("unanswered", "without a prediction, counted as misses"),
@@ -123,11 +129,12 @@ def score_predictions(benchmark: str, questions: str, predictions: str, rule: st
 
     Returns:
         overall: the main figure, a share in [0, 1] (`mme`: points, 2,800 at most; `captions`: CIDEr-D, 10 at most).
-        standard_error: of that share (`mme`: of the accuracy), items on one picture being no independent ones.
+        standard_error: of that figure, items on one picture being no independent ones. Of a mean over several files it
+            is the mean of their errors, which is an upper bound: their items may share pictures.
         num_items, num_unparsed: items scored, and those of them in whose prediction (circular: in one of whose) the
             rule found no answer.
         by_category, by_group: the figure for each question type, and for each group of types where the file has them;
-            `errors` has the standard errors of their accuracies.
+            `errors` has their standard errors, and under `figures` those of the benchmark's own figures.
         items: 0 or 1 by item (open answers: in between, too).
         rule: what was done, in words.
         num_unanswered, unanswered, num_unknown_predictions, unknown_predictions: what did not match, counted in full,
@@ -165,21 +172,37 @@ def _score_several(benchmark: str, pairs: Sequence[tuple[str, str]], rule: str) 
     names = [Path(questions).stem for questions, _ in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"--questions: files have to differ in name, got {', '.join(names)}")
+    if benchmark == "mme":
+        raise ValueError("--questions: MME's points are of one file with all of its categories; give that one")
     parts = {name: score_predictions(benchmark, *pair, rule) for name, pair in zip(names, pairs, strict=True)}
     first = parts[names[0]]
 
-    def together(key: str) -> dict[str, Any]:
-        return {f"{name}/{inner}": value for name, part in parts.items() for inner, value in part[key].items()}
+    def mean(values: Callable[[Mapping[str, Any]], float]) -> float:
+        return math.fsum(map(values, parts.values())) / len(parts)
 
-    return {
+    def together(values: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
+        return {f"{name}/{inner}": value for name, part in parts.items() for inner, value in values(part).items()}
+
+    result = {
         "benchmark": benchmark,
-        **{key: sum(p[key] for p in parts.values()) / len(parts) for key in ("overall", *MEANS) if key in first},
+        **{key: mean(lambda part, key=key: part[key]) for key in ("overall", *MEANS) if key in first},
         **{key: sum(p[key] for p in parts.values()) for key in first if key.startswith("num_")},
         **{key: [f"{name}/{index}" for name, p in parts.items() for index in p.get(key, ())] for key in UNMATCHED},
-        "by_category": together("by_category"),
+        "by_category": together(lambda part: part["by_category"]),
         "by_group": {name: part["overall"] for name, part in parts.items()},
-        "items": together("items"),
+        "items": together(lambda part: part["items"]),
         "rule": f"{first['rule']}; mean over {len(parts)} files",
+    }
+    if "errors" not in first:
+        return result
+    figures = first["errors"].get("figures", {})
+    return result | {
+        "standard_error": mean(lambda part: part["standard_error"]),
+        "errors": {
+            "by_category": together(lambda part: part["errors"]["by_category"]),
+            "by_group": {name: part["standard_error"] for name, part in parts.items()},
+            "figures": {key: mean(lambda part, key=key: part["errors"]["figures"][key]) for key in figures},
+        },
     }
 
 
@@ -312,8 +335,10 @@ def _score_pope(task: Task) -> dict[str, Any]:
     chosen = _choose_yes_no(task, questions)
     answers = [q.options[c].lower() if (c := chosen[q.index]) is not None else "" for q in questions]
     truth = [q.options[q.answer].lower() for q in questions if q.answer is not None]
-    result = _summary(task, _scored(questions, chosen), questions)
-    return result | yes_no_figures(truth, answers, unparsed_is_no=task.rule != "lmms-eval")
+    scored = _scored(questions, chosen)
+    result, unparsed_is_no = _summary(task, scored, questions), task.rule != "lmms-eval"
+    errors = yes_no_errors(truth, answers, [item.cluster for item in scored], unparsed_is_no)
+    return result | yes_no_figures(truth, answers, unparsed_is_no) | {"errors": result["errors"] | {"figures": errors}}
 
 
 def _score_mme(task: Task) -> dict[str, Any]:
@@ -332,17 +357,27 @@ def _score_mme(task: Task) -> dict[str, Any]:
     odd = [name[:40] for (_, name), hits in pictures.items() if len(hits) != 2]
     if odd:
         raise ValueError(f"{task.questions}: MME has two questions on each picture; not so for {_named(odd)}")
-    points = {}
+    points, errors = {}, {}
     for category in dict.fromkeys(question.category for question in questions):
-        hits = [pair for (of, _), pair in pictures.items() if of == category]
-        points[category] = 100 * (sum(map(sum, hits)) / (2 * len(hits)) + sum(map(all, hits)) / len(hits))
-    groups = {
-        name: sum(points.get(category, 0.0) for category in categories)
-        for name, categories in (("perception", PERCEPTION), ("cognition", COGNITION))
-    }
+        hits = {name: pair for (of, name), pair in pictures.items() if of == category}
+        of_pictures = [100 * (sum(pair) / 2 + all(pair)) for pair in hits.values()]
+        points[category] = math.fsum(of_pictures) / len(of_pictures)
+        errors[category] = clustered_error(of_pictures, list(hits))
+    groups = {"perception": PERCEPTION, "cognition": COGNITION}
+
+    def group_error(categories: Sequence[str]) -> float:
+        return math.hypot(*(errors.get(category, 0.0) for category in categories))
+
     result = _summary(task, _scored(questions, chosen), questions, "; points: accuracy and accuracy of both, x 100")
     return result | {
-        "overall": sum(points.values()), "accuracy": result["overall"], "by_category": points, "by_group": groups,
+        "overall": sum(points.values()), "standard_error": group_error(list(points)), "accuracy": result["overall"],
+        "by_category": points,
+        "by_group": {name: sum(points.get(one, 0.0) for one in categories) for name, categories in groups.items()},
+        "errors": {
+            "by_category": errors,
+            "by_group": {name: group_error(categories) for name, categories in groups.items()},
+            "figures": {"accuracy": result["standard_error"]},
+        },
         "missing_categories": [name for name in (*PERCEPTION, *COGNITION) if name not in points],
     }  # fmt: skip
 
@@ -370,13 +405,15 @@ def _score_captions(task: Task) -> dict[str, Any]:
     questions = _open_questions(task)
     texts = {question.index: _text(task, question.index) for question in questions}
     references = {question.index: question.answers for question in questions}
-    figures, by_item = score_captions(references, texts, task.rule)  # pyright: ignore[reportArgumentType]
+    found = score_captions(references, texts, task.rule)  # pyright: ignore[reportArgumentType]
     scored = [
-        Scored(q.index, q.category, "", by_item[q.index], bool(texts[q.index].strip()), q.index) for q in questions
+        Scored(q.index, q.category, "", found.cider_by_picture[q.index], bool(texts[q.index].strip()), q.index)
+        for q in questions
     ]
     result = _summary(task, scored, questions)
     # By category and over all: pycocoevalcap weighs words by the references of all pictures scored together.
-    return result | {"overall": figures["cider"], **figures}
+    figures = {"overall": found.figures["cider"], **found.figures}
+    return result | figures | {"errors": result["errors"] | {"figures": dict(found.errors)}}
 
 
 def _score_open(task: Task) -> dict[str, Any]:
@@ -488,7 +525,7 @@ def _mean(scored: Sequence[Scored]) -> float:
 
 
 def _error(scored: Sequence[Scored]) -> float:
-    return clustered_error([item.score for item in scored], [item.picture or f"item {item.index}" for item in scored])
+    return clustered_error([item.score for item in scored], [item.cluster for item in scored])
 
 
 def _by(

@@ -12,6 +12,7 @@ transform, config hash and step. Four modes, never in one column:
 import dataclasses
 import difflib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ from etils import epath
 from unihetero_jax import distributed
 from unihetero_jax.config import Config
 from unihetero_jax.data.open_questions import OpenQuestion
-from unihetero_jax.data.question_files import OPTION_LETTERS, Picture, Question
+from unihetero_jax.data.question_files import OPTION_LETTERS, Picture, Question, tsv_rows
 from unihetero_jax.data.records import PROMPT_TEMPLATE
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.evaluation import extraction, official
@@ -38,6 +39,7 @@ from unihetero_jax.evaluation.scoring import (
     hits,
     summarize,
     summarize_by_category,
+    yes_no_metric_errors,
     yes_no_metrics,
 )
 from unihetero_jax.evaluation.training_prior import TrainingPrior, split_by_prior
@@ -45,7 +47,7 @@ from unihetero_jax.storage import to_path
 from unihetero_jax.text_table import align
 from unihetero_jax.workdir import write_atomically
 
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 BENCHMARK_SUFFIXES = (".tsv", ".json", ".jsonl", ".parquet")
 
 Mode = Literal["likelihood", "letters", "generation", "words"]
@@ -245,7 +247,7 @@ def _answerer(
         texts = model.generate([(shown(item) or config.eval.caption_prompt, item.images) for item in items])
         return [
             {"index": item.index, "text": text or "", "unscored": "" if text is not None else "undecodable_image"}
-            for item, text in zip(items, texts, strict=True)
+            for item, text in zip(items, texts, strict=False)  # other processes than the first have no texts
         ]
 
     def ranked(items: Sequence[Item]) -> list[Answer]:
@@ -319,6 +321,7 @@ def _judge_ranks(benchmark: Benchmark, answers: Sequence[Answer], prior: Trainin
         "overall": overall,
         "by_category": by_category,
         "yes_no": yes_no_metrics(items, [score.by_sum for score in scores]),
+        "yes_no_errors": yes_no_metric_errors(items, [score.by_sum for score in scores]),
         "positions": position_bias(items, list(chosen.values())),
         "training_prior": split_by_prior(prior, items, list(chosen.values())) if prior else None,
         "items_not_scored": {i.index: s.unscored for i, s in zip(items, scores, strict=True) if s.unscored},
@@ -416,6 +419,7 @@ def _judge_words(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, A
         | {"num_unscored": len(unscored)},
         "by_category": {category: summary(indices) for category, indices in groups.items()},
         "yes_no": {key: score[key] for key in official.YES_NO_FIGURES if key in score} or None,
+        "yes_no_errors": score["errors"].get("figures"),
         "official": {key: value for key, value in score.items() if key != "items"},
         "rule": score["rule"],
         "items_not_scored": unscored,
@@ -426,7 +430,7 @@ def _judge_words(benchmark: Benchmark, answers: Sequence[Answer]) -> dict[str, A
 
 def _as_question(item: Item) -> Question | OpenQuestion:
     """The item as the public scorers' rules take it."""
-    pictures = (Picture("picture", name=item.cluster),) if item.images else ()
+    pictures = (Picture("picture", name=item.cluster),) if item.pictures else ()
     if item.references:
         return OpenQuestion("", item.index, item.question, item.references, item.category, pictures)
     return Question(
@@ -441,23 +445,19 @@ def _as_question(item: Item) -> Question | OpenQuestion:
 def _write_predictions(stem: epath.Path, benchmark: Benchmark, predictions: Mapping[str, str | None]) -> None:
     """In the file that the benchmark's public scorer reads: a table for VLMEvalKit, JSON lines for the others.
 
-    The lines hold letters (yes or no): of a free answer the one that is meant, where one is.
+    A table is the benchmark's own with the column `prediction` for the pictures' `image`, as VLMEvalKit makes it. The
+    lines hold letters (yes or no): of a free answer the one that is meant, where one is.
     """
-    if benchmark.path.suffix.lower() != ".tsv" or benchmark.is_open:  # a table has options
+    if benchmark.path.suffix.lower() != ".tsv":
         labels = {item.index: _label_of(item, predictions[item.index] or "") for item in benchmark.items}
         write_leaderboard(stem.parent / f"{stem.name}.predictions.jsonl", labels)
         return
-    letters = OPTION_LETTERS[: max(len(item.options) for item in benchmark.items)]
     rows = [
-        {
-            "index": item.index, "question": item.question, "hint": item.hint,
-            **dict.fromkeys(letters, ""), **dict(zip(letters, item.options, strict=False)),
-            "answer": item.answer_text if item.is_yes_no else OPTION_LETTERS[item.answer],
-            "category": item.category, "l2-category": item.group,
-            "prediction": predictions[item.index] or "",
-        }
-        for item in benchmark.items
-    ]  # fmt: skip
+        {column: cell for column, cell in row.items() if column != "image"}
+        | {"prediction": predictions[row["index"]] or ""}
+        for row in tsv_rows(benchmark.path, benchmark.path.read_text("utf-8-sig"))
+        if row["index"] in predictions
+    ]
     write_table(stem.parent / f"{stem.name}.predictions.tsv", rows)
 
 
@@ -531,14 +531,20 @@ def notes_of(result: Mapping[str, Any]) -> list[str]:
     if split := result.get("training_prior"):
         notes.append(_prior_note(split))
     if result["yes_no"]:
-        notes.append("yes/no: " + ", ".join(f"{key} {value:.3f}" for key, value in result["yes_no"].items()))
+        errors = result.get("yes_no_errors") or {}  # results before version 3 have none
+        shown = [
+            f"{key} {value:.3f}" + (f" ± {errors[key]:.3f}" if key in errors else "")
+            for key, value in result["yes_no"].items()
+        ]
+        notes.append("yes/no: " + ", ".join(shown))
     figures = {key: value for key, value in result.get("official", {}).items() if key in official.CAPTION_FIGURES}
     if figures:
-        notes.append(
-            "the column accuracy is CIDEr-D (0 to 10): " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
-        )
+        errors = result["official"]["errors"].get("figures", dict.fromkeys(figures, math.nan))
+        shown = [f"{key} {value:.4f} ± {errors[key]:.4f}" for key, value in figures.items()]
+        notes.append(f"the column accuracy is CIDEr-D (0 to 10): {', '.join(shown)}")
     if result.get("official", {}).get("benchmark") == "mme":
-        notes.append(f"MME points: {result['official']['overall']:.1f}")
+        points = result["official"]
+        notes.append(f"MME points: {points['overall']:.1f} ± {points['standard_error']:.1f}")
     if unparsed := overall.get("num_unparsed", 0):
         notes.append(f"answers in which the rule found none, counted as misses: {unparsed}")
     if overall["num_unscored"]:

@@ -112,11 +112,32 @@ def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float:
     sqrt(sum over clusters of (sum of (x - mean) in it)^2) / n (arXiv 2411.00640, equation 4): with one item in each it
     is sqrt(p (1 - p) / n), and items of a cluster that agree widen it.
     """
-    mean = math.fsum(values) / len(values)
+    return influence_error(mean_influences(values), clusters)
+
+
+def mean_influences(values: Sequence[float]) -> list[float]:
+    """How much each value pulls their mean: (x - mean) / n."""
+    return ratio_influences(values, [1.0] * len(values))
+
+
+def ratio_influences(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """How much each item pulls the ratio of two sums, to first order: (y - ratio x) / sum of x; zeros without any x."""
+    total = math.fsum(denominators)
+    if not total:
+        return [0.0] * len(numerators)
+    ratio = math.fsum(numerators) / total
+    return [(y - ratio * x) / total for y, x in zip(numerators, denominators, strict=True)]
+
+
+def influence_error(influences: Sequence[float], clusters: Sequence[str]) -> float:
+    """Standard error of a figure from what each item adds to it: the root of the sum of squares of clusters' sums.
+
+    This is the delta method, and for a mean `clustered_error`. Clusters of one item give the plain error.
+    """
     sums: dict[str, float] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        sums[cluster] = sums.get(cluster, 0.0) + value - mean
-    return math.sqrt(math.fsum(total**2 for total in sums.values())) / len(values)
+    for influence, cluster in zip(influences, clusters, strict=True):
+        sums[cluster] = sums.get(cluster, 0.0) + influence
+    return math.sqrt(math.fsum(total**2 for total in sums.values()))
 
 
 def blind_floor(items: Sequence[Item]) -> float:
@@ -187,8 +208,40 @@ def yes_no_metrics(items: Sequence[Item], predictions: Sequence[int | None]) -> 
     """`yes_no_figures` of items that all offer exactly yes and no; None for others. A prediction of None is neither."""
     if not all(item.is_yes_no for item in items):
         return None
+    return yes_no_figures(*_yes_no_answers(items, predictions))
+
+
+def yes_no_metric_errors(items: Sequence[Item], predictions: Sequence[int | None]) -> dict[str, float] | None:
+    """Standard errors of `yes_no_metrics`, clustered by picture; None where there are none."""
+    if not all(item.is_yes_no for item in items):
+        return None
+    return yes_no_errors(*_yes_no_answers(items, predictions), [item.cluster for item in items])
+
+
+def _yes_no_answers(items: Sequence[Item], predictions: Sequence[int | None]) -> tuple[list[str], list[str]]:
+    """The right answers, and those predicted."""
     answers = ["" if p is None else item.options[p].lower() for item, p in zip(items, predictions, strict=True)]
-    return yes_no_figures([item.answer_text.lower() for item in items], answers)
+    return [item.answer_text.lower() for item in items], answers
+
+
+def yes_no_errors(
+    truth: Sequence[str], answers: Sequence[str], clusters: Sequence[str], unparsed_is_no: bool = True
+) -> dict[str, float]:
+    """Standard errors of `yes_no_figures`, each a ratio of counts (see `influence_error`)."""
+    pairs = list(zip(truth, answers, strict=True))
+    is_hit = [float(pair == ("yes", "yes")) for pair in pairs]
+    says_yes = [float(answer == "yes") for _, answer in pairs]
+    is_yes = [float(t == "yes" and (unparsed_is_no or answer in ("yes", "no"))) for t, answer in pairs]
+    both = [said + true for said, true in zip(says_yes, is_yes, strict=True)]
+    ones = [1.0] * len(pairs)
+    ratios = {
+        "accuracy": ([float(t == answer) for t, answer in pairs], ones),
+        "precision": (is_hit, says_yes),
+        "recall": (is_hit, is_yes),
+        "f1": ([2 * hit for hit in is_hit], both),
+        "yes_ratio": (says_yes, ones),
+    }
+    return {name: influence_error(ratio_influences(*ratio), clusters) for name, ratio in ratios.items()}
 
 
 def yes_no_figures(truth: Sequence[str], answers: Sequence[str], unparsed_is_no: bool = True) -> dict[str, float]:

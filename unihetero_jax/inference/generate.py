@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from unihetero_jax import distributed
 from unihetero_jax.arrays import Batch, typechecked
 from unihetero_jax.config import MERGED_PATCHES, Config
 from unihetero_jax.data.mixture import image_spec
-from unihetero_jax.data.packing import PackedSample, TokenPiece, assemble_row, image_pieces, sample_cost, stack_rows
-from unihetero_jax.data.records import RecordError, decode_image, format_prompt
+from unihetero_jax.data.packing import (
+    NUM_MARKERS,
+    PackedSample,
+    TokenPiece,
+    assemble_row,
+    empty_rows,
+    fill_row,
+    image_pieces,
+    row_of,
+    sample_cost,
+    stack_rows,
+)
+from unihetero_jax.data.records import (
+    MERGE_SIZE,
+    RecordError,
+    decode_image,
+    format_prompt,
+    image_tokens,
+    probe_image,
+)
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
 from unihetero_jax.inference.sampling import GREEDY, Sampling, sample
 from unihetero_jax.model.unihetero import Params, build
-from unihetero_jax.sharding import fetch
+from unihetero_jax.sharding import activation_mesh, fetch, local_rows, make_mesh, to_global
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,36 +84,77 @@ def generate_texts(
     batch_rows: int,
     max_new_tokens: int = 64,
 ) -> list[str | None]:
-    """`generate_text`, greedily, of any number of prompts: `batch_rows` at a time, in few shapes.
+    """`generate_text`, greedily, of any number of prompts: `batch_rows` at a time, over the mesh, in few shapes.
 
-    Prompts of like length share a batch; a batch's shape is a power of two in positions and in patches, and its last
-    rows may be repeats, so that a whole benchmark compiles a handful of programs. A prompt whose
-    image cannot be decoded gives None.
+    Prompts of like length share a batch; a batch's shape is a power of two in positions and in patches, so that a whole
+    benchmark compiles a handful of programs. A prompt whose image cannot be decoded gives None.
+
+    In a run of several processes all call it with the same prompts. Each decodes the pictures of the rows that its
+    devices hold and no others; the texts come to process 0, the others get nothing.
 
     Raises:
         ValueError: `max_new_tokens` is not positive.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be positive")
-    samples: dict[int, PackedSample] = {}
+    mesh = make_mesh(config.mesh)
+    own = local_rows(mesh, batch_rows)
+    costs: dict[int, tuple[int, int]] = {}
     for number, prompt in enumerate(prompts):
         with contextlib.suppress(RecordError):
-            samples[number] = prompt_sample(config, tokenizer, prompt)
-    patch_size = config.model.encoder.patch_size
-    costs = {number: sample_cost(sample, patch_size) for number, sample in samples.items()}
+            costs[number] = _prompt_cost(config, tokenizer, prompt)
+    order = sorted(costs, key=costs.__getitem__)
     forbidden = (tokenizer.pad_id, tokenizer.boi_id, tokenizer.eoi_id)
-    order = sorted(samples, key=costs.__getitem__)
-    texts: list[str | None] = [None] * len(prompts)
+    texts: dict[int, str] = {}
+    undecodable: list[int] = []
     for start in range(0, len(order), batch_rows):
         chosen = order[start : start + batch_rows]
-        tokens, patches = (1 << (max(costs[n][i] for n in chosen) - 1).bit_length() for i in (0, 1))
-        filled = chosen + [chosen[-1]] * (batch_rows - len(chosen))
-        batch = prompt_batch(config, tokenizer, [samples[n] for n in filled], (tokens, patches))
-        key = jax.random.key(0)
-        out, _ = decode(config, params, batch, key, max_new_tokens, tokenizer.eos_id, forbidden, GREEDY)
-        for number, row in zip(chosen, fetch(out), strict=False):
-            texts[number] = tokenizer.decode(_until(row, tokenizer.eos_id)).strip()
-    return texts
+        of_rows = [(prompts[n], costs[n]) for n in chosen]
+        arrays, faulty_rows = _own_rows(config, tokenizer, of_rows, own)
+        undecodable += [chosen[row] for row in faulty_rows]
+        batch, key = to_global(arrays, mesh), jax.random.key(0)
+        with activation_mesh(mesh):
+            out, _ = decode(config, params, batch, key, max_new_tokens, tokenizer.eos_id, forbidden, GREEDY)
+        for number, tokens in zip(chosen, fetch(out), strict=False):
+            texts[number] = tokenizer.decode(_until(tokens, tokenizer.eos_id)).strip()
+    found = distributed.gather("undecodable-prompts", json.dumps(undecodable))
+    for number in (number for text in found for number in json.loads(text)):
+        texts.pop(number, None)
+    return [texts.get(number) for number in range(len(prompts))] if found else []
+
+
+def _own_rows(
+    config: Config, tokenizer: Tokenizer, prompts: Sequence[tuple[Prompt, tuple[int, int]]], own: Sequence[int]
+) -> tuple[dict[str, np.ndarray], list[int]]:
+    """The rows that this process holds of a batch of prompts, given with their costs; and which of those rows hold
+    none, because its picture is not what its header says. Rows beyond the prompts hold none either.
+    """
+    patch_size = config.model.encoder.patch_size
+    row_tokens, row_patches = (1 << (max(cost[i] for _, cost in prompts) - 1).bit_length() for i in (0, 1))
+    arrays = empty_rows(len(own), row_tokens, max(row_patches, MERGED_PATCHES), patch_size, tokenizer.pad_id)
+    faulty = []
+    for place, row in enumerate(own):
+        sample = _sample_of_cost(config, tokenizer, *prompts[row]) if row < len(prompts) else None
+        if row < len(prompts) and sample is None:
+            faulty.append(row)
+        fill_row(row_of(arrays, place), [sample or PackedSample([TokenPiece([tokenizer.eos_id])])], patch_size)
+    return arrays, faulty
+
+
+def _sample_of_cost(config: Config, tokenizer: Tokenizer, prompt: Prompt, cost: tuple[int, int]) -> PackedSample | None:
+    """`prompt_sample`; None where an image does not decode to the size that its header promised."""
+    try:
+        sample = prompt_sample(config, tokenizer, prompt)
+    except RecordError:
+        return None
+    return sample if sample_cost(sample, config.model.encoder.patch_size) == cost else None
+
+
+def _prompt_cost(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, int]:
+    """Positions and patches of `prompt_sample`, from the headers of the images alone."""
+    visual = [image_tokens(*probe_image(image), image_spec(config)) for image in prompt.images]
+    text = tokenizer.encode(format_prompt(prompt.text))
+    return sum(visual) + NUM_MARKERS * len(visual) + len(text), sum(visual) * MERGE_SIZE**2
 
 
 def prompt_sample(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> PackedSample:
@@ -105,16 +166,11 @@ def prompt_sample(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> Packe
     return PackedSample([*pieces, TokenPiece(ids)] if ids else pieces)
 
 
-def prompt_batch(
-    config: Config, tokenizer: Tokenizer, samples: Sequence[PackedSample], at_least: tuple[int, int] = (0, 0)
-) -> Batch:
-    """One sample per row, padded at its end to the longest, so that position p lies in cache slot p.
-
-    `at_least` are positions and patches that a row has in any case.
-    """
+def prompt_batch(config: Config, tokenizer: Tokenizer, samples: Sequence[PackedSample]) -> Batch:
+    """One sample per row, padded at its end to the longest, so that position p lies in cache slot p."""
     patch_size = config.model.encoder.patch_size
     costs = [sample_cost(one, patch_size) for one in samples]
-    row_tokens, row_patches = (max(at_least[i], *(cost[i] for cost in costs)) for i in (0, 1))
+    row_tokens, row_patches = (max(column) for column in zip(*costs, strict=True))
     rows = [
         assemble_row([one], row_tokens, max(row_patches, MERGED_PATCHES), patch_size, tokenizer.pad_id)
         for one in samples
