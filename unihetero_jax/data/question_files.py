@@ -520,7 +520,7 @@ def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _unreadable(str(path), error) from error
+        raise _unreadable(path.name, error) from error
 
 
 def _unreadable(name: str, error: Exception) -> RecordError:
