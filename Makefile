@@ -14,7 +14,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-compare real test test-all test-beam lint format bench tpu-aot compile-ahead clean
+.PHONY: help install demo demo-compare real test test-all test-beam parity parity-golden lint format bench tpu-aot compile-ahead clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,17 @@ test-beam: ## preparations on Apache Beam against local ones, in an environment 
 	test -x .venv-beam/bin/python || $(PYTHON) -m venv .venv-beam
 	.venv-beam/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,beam]'
 	.venv-beam/bin/python -m pytest -q tests/test_preparation.py
+
+parity: .venv-parity/.installed ## imported models against torch, in an environment of its own: .venv-parity
+	.venv-parity/bin/python -m pytest -q tests/parity
+
+parity-golden: .venv-parity/.installed ## write anew what torch computes of tiny models: tests/parity/golden
+	cd tests && ../.venv-parity/bin/python -m parity.models
+
+.venv-parity/.installed: pyproject.toml constraints.txt
+	test -x .venv-parity/bin/python || $(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' '$(TORCH)'
+	@touch $@
 
 lint: $(STAMP) ## ruff and pyright
 	$(VENV)/bin/ruff check .

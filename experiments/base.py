@@ -25,6 +25,13 @@ def get_config(arg: str = "") -> ConfigDict:
                     "position_grid": 6,
                     "attention": "bidirectional",
                     "remat": "none",
+                    "activation": "gelu_tanh",
+                    "norm_eps": 1e-6,
+                    "pixel_mean": (0.5, 0.5, 0.5),
+                    "pixel_std": (0.5, 0.5, 0.5),
+                    "class_token": False,
+                    "patch_bias": True,
+                    "pre_norm": False,
                 },
                 "projector": {"hidden_dim": 256, "output_rms": 0.0},
                 "decoder": {
@@ -42,6 +49,15 @@ def get_config(arg: str = "") -> ConfigDict:
                     "tied_embeddings": True,
                     "max_grid": 64,
                     "remat": "none",
+                    "rope_scaling": {
+                        "kind": "none",
+                        "factor": 1.0,
+                        "original_positions": 0,
+                        "low": 1.0,
+                        "high": 4.0,
+                        "attention_factor": 1.0,
+                        "truncate": True,
+                    },
                 },
                 "semantic_head": {"hidden_dim": 256},
                 "compute_dtype": "float32",
@@ -76,7 +92,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "semantic_head_lr": 1.0,
                 "frozen": (),
             },
-            "init_from": {"workdir": "", "step": -1, "components": ()},
+            "init_from": {"workdir": "", "step": -1, "components": (), "language_model": "", "vision_encoder": ""},
             "scene_world": {"level": "none", "path": "", "num_scenes": 0},
             "data": {
                 "sources": {},
@@ -123,6 +139,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "shard_items": 512,
                 "every_steps": 0,  # only at the end
                 "caption_prompt": "Describe the image.",
+                "chat_template": False,
             },
             "diagnostics": {
                 "within_spread_warn": 0.20,

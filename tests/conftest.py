@@ -126,3 +126,21 @@ def program():
 
     with ForkServer(ROOT) as server:
         yield server
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that has to fail as the user's mistake: exit code 2, one message, no traceback."""
+    from unihetero_jax.cli import main
+
+    def run(*arguments):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse's own way out
+            code = stop.code
+        printed = capsys.readouterr()
+        assert code == 2, printed.out + printed.err
+        assert "Traceback" not in printed.err and "error: " in printed.err
+        return printed.err
+
+    return run

@@ -16,11 +16,11 @@ PACKAGE = "unihetero_jax"
 SOURCE_FOLDERS = (PACKAGE, "experiments", "data_pipelines", "benchmarks")
 
 LAYERS: list[set[str]] = [
-    {"arrays", "config", "storage", "hlo", "text_table", "html_page"},
+    {"arrays", "config", "storage", "hlo", "text_table", "html_page", "safetensors_files"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
         "data.open_questions", "data.labelled_images",
-        "data.row_plan", "command_line", "workdir", "distributed", "topology",
+        "data.row_plan", "command_line", "hf_config", "workdir", "distributed", "topology",
     },
     {
         "state", "metrics", "integrity", "profiling", "watchdog", "data.shards", "data.sources", "data.transforms",
@@ -28,21 +28,21 @@ LAYERS: list[set[str]] = [
         "model.vision_encoder",
         "model.semantic_encoder", "model.decoder", "model.semantic_head", "text_loss",
     },
-    {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline"},
-    {"inference", "hf_weights", "step", "gradient_table", "reporting", "data_stats", "stored_steps", "export"},
-    {"train", "evaluation", "scaling", "report", "compile_ahead", "explain"},
+    {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline", "hf_weights"},
+    {"inference", "pretrained", "step", "gradient_table", "reporting", "data_stats", "stored_steps", "export"},
+    {"train", "evaluation", "scaling", "report", "compile_ahead", "explain", "hf_import", "hf_export"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 38
-MAX_CLOSURE_LINES = 9600
+MAX_CLOSURE_MODULES = 42
+MAX_CLOSURE_LINES = 10_600
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
 Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its traces
-and its lock, the processes, the watchdog, the digests, the TPU's attention and the opening of sources are modules of
-their own, so that each file stays short; a third of the lines are docstrings.
+and its lock, the processes, the watchdog, the digests, pretrained weights (four modules), the TPU's attention and the
+opening of sources are modules of their own, so that each file stays short; a third of the lines are docstrings.
 """
 
 SHOWN_AS_LOADED = {"data_pipelines.report": {"packing", "row_plan", "transforms"}}
@@ -227,7 +227,7 @@ def test_only_the_top_reaches_outside_the_package():
     for name, tree in read_sources(PACKAGE).items():
         outside = top_level(imported_names(tree)) & {"experiments", "data_pipelines", "benchmarks", "tests"}
         level = layer_of(name.removeprefix(PACKAGE + "."))
-        allowed = {"data_pipelines"} if level == layer_of("cli") else set()
+        allowed = {"data_pipelines", "experiments"} if level == layer_of("cli") else set()
         assert outside <= allowed, f"{name} imports {outside}"
 
 

@@ -21,23 +21,6 @@ from unihetero_jax.metrics import read_metrics
 from unihetero_jax.workdir import RunLock
 
 
-@pytest.fixture
-def refused(capsys):
-    """Runs a command that has to fail as the user's mistake: exit code 2, one message, no traceback."""
-
-    def run(*arguments):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse's own way out
-            code = stop.code
-        printed = capsys.readouterr()
-        assert code == 2, printed.out + printed.err
-        assert "Traceback" not in printed.err and "error: " in printed.err
-        return printed.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def experiment():
     return "--config=experiments/quickstart.py"

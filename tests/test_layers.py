@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from conftest import make_tiny_config
 
-from unihetero_jax.model.attention import attend, rotate
+from unihetero_jax.config import RopeScalingConfig
+from unihetero_jax.model.attention import attend, rope_frequencies, rotate
 from unihetero_jax.model.layers import LayerNorm, ParamKeys, RMSNorm, scan_layers, stack_layers
 from unihetero_jax.model.semantic_encoder import Projector, token_embedding_rms
 from unihetero_jax.model.vision_encoder import EncoderBlock, resize_weights
 
 KEYS = ParamKeys(jax.random.key(0))
+FREQUENCIES = rope_frequencies(8, 100.0, RopeScalingConfig())
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (2, 12), (10, 4), (3, 3), (24, 6)])
@@ -40,7 +42,7 @@ def test_rotary_scores_depend_on_distance_only_and_keep_length():
     q, k = (jnp.asarray(rng.standard_normal((1, 1, 2, 8)), jnp.float32) for _ in range(2))
 
     def score(at_q, at_k):
-        turned = rotate(q, jnp.array([[at_q]]), 100.0), rotate(k, jnp.array([[at_k]]), 100.0)
+        turned = [rotate(x, jnp.array([[at]]), FREQUENCIES) for x, at in ((q, at_q), (k, at_k))]
         return np.asarray((turned[0] * turned[1]).sum(-1))
 
     np.testing.assert_allclose(score(7, 3), score(104, 100), atol=1e-4)
@@ -48,7 +50,7 @@ def test_rotary_scores_depend_on_distance_only_and_keep_length():
     angle = 5.0 * 100.0 ** (-np.arange(4) / 4)
     pairs = np.asarray(q[0, 0, 0, :4]) + 1j * np.asarray(q[0, 0, 0, 4:])
     turned = pairs * np.exp(1j * angle)
-    ours = np.asarray(rotate(q, jnp.array([[5]]), 100.0))[0, 0, 0]
+    ours = np.asarray(rotate(q, jnp.array([[5]]), FREQUENCIES))[0, 0, 0]
     np.testing.assert_allclose(ours, np.concatenate([turned.real, turned.imag]), atol=1e-5)
 
 

@@ -22,10 +22,11 @@ from etils import epath
 from data_pipelines.bias import turns_of
 from data_pipelines.prepared import read_stored
 from data_pipelines.scene_world import ensure_index, ensure_scene_world
+from experiments import base as base_experiment
 from unihetero_jax import compile_ahead, data_stats, distributed, explain, export, stored_steps
 from unihetero_jax.arrays import Batch
-from unihetero_jax.checkpoint import SaveError, list_steps, restore_subtree
-from unihetero_jax.command_line import parse_arguments, parse_config_flags, with_overrides
+from unihetero_jax.checkpoint import SaveError, list_steps, read_metadata, restore_subtree, valid_step
+from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
 from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import RecordError, format_prompt, probe_image
@@ -46,6 +47,9 @@ from unihetero_jax.evaluation.runner import (
     write_json,
 )
 from unihetero_jax.evaluation.training_prior import TrainingPrior
+from unihetero_jax.hf_config import VISION_CLASSES
+from unihetero_jax.hf_export import export_hugging_face
+from unihetero_jax.hf_import import import_pretrained
 from unihetero_jax.inference.generate import Prompt, generate_text, generate_texts
 from unihetero_jax.inference.sampling import Sampling
 from unihetero_jax.metrics import announce, read_metrics
@@ -109,7 +113,8 @@ def _exit_code(error: Exception) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m unihetero_jax", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(
-        required=True, metavar="train|evaluate|score|compare|generate|data-stats|checkpoints|compile|explain"
+        required=True,
+        metavar="train|evaluate|score|compare|generate|data-stats|checkpoints|import-hf|export-hf|compile|explain",
     )
 
     trains = commands.add_parser("train", allow_abbrev=False, help="train, or go on training, the run in a workdir")
@@ -188,6 +193,25 @@ def _parser() -> argparse.ArgumentParser:
     stored.add_argument("--tokenizer", default="", help="export: the run's tokenizer, if it is no longer where it was")
     stored.add_argument("--max-file-gb", type=float, default=export.MAX_FILE_BYTES / 1e9, help="export: of one file")
     stored.set_defaults(command=_checkpoints)
+    imports = commands.add_parser("import-hf", allow_abbrev=False, help="a first checkpoint from pretrained models")
+    where = "folder with config.json and *.safetensors, or owner/name@revision of the Hugging Face hub"
+    imports.add_argument("--language-model", default="", help=f"Qwen2, Qwen3, Llama, SmolLM2: {where}")
+    imports.add_argument("--vision-encoder", default="", help="SigLIP, SigLIP 2, CLIP: likewise")
+    imports.add_argument("--workdir", required=True)
+    imports.add_argument("--config", default="", help="experiment for all but the architecture; the defaults if empty")
+    imports.set_defaults(command=_import_hf)
+    exports = commands.add_parser("export-hf", allow_abbrev=False, help="folders that transformers loads")
+    exports.add_argument("--workdir", required=True)
+    exports.add_argument("--output", required=True)
+    exports.add_argument("--step", type=int, default=-1, help="-1: the newest that verifies")
+    exports.add_argument("--ema", action="store_true", help="the moving averages, where a component has one")
+    exports.add_argument("--replicate", type=int, default=0, help="which model of a run with several")
+    exports.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    exports.add_argument("--vision-family", choices=tuple(VISION_CLASSES), default=None, help="default: as imported")
+    exports.add_argument("--original-vocabulary", action="store_true", help="without this program's special tokens")
+    exports.add_argument("--pretrained", default="", metavar="WORKDIR", help="import that the run started from")
+    exports.add_argument("--max-file-gb", type=float, default=export.MAX_FILE_BYTES / 1e9)
+    exports.set_defaults(command=_export_hf)
     compile_ahead.add_parser(commands)
     explain.add_parser(commands)
     for command in (trains, evaluates):
@@ -420,6 +444,25 @@ def _checkpoints(flags: argparse.Namespace, overrides: list[str]) -> None:
             )  # fmt: skip
 
 
+def _import_hf(flags: argparse.Namespace, overrides: list[str]) -> None:
+    base = load_experiment(flags.config) if flags.config else base_experiment.get_config().to_dict()
+    import_pretrained(
+        flags.language_model, flags.vision_encoder, flags.workdir, base,
+        lambda values: with_overrides(values, overrides),
+    )  # fmt: skip
+    print(f"{flags.workdir}: a run of 0 steps; go on by init_from.workdir={flags.workdir}, or try `generate`")
+
+
+def _export_hf(flags: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError(f"{overrides[0]}: export-hf takes no --config fields")
+    export_hugging_face(
+        flags.workdir, flags.step, flags.output, averaged=flags.ema, replicate=flags.replicate, dtype=flags.dtype,
+        family=flags.vision_family, original_vocabulary=flags.original_vocabulary, pretrained=flags.pretrained,
+        max_file_bytes=int(flags.max_file_gb * 1e9),
+    )  # fmt: skip
+
+
 def run_training(
     config: Config,
     workdir: str,
@@ -524,8 +567,8 @@ def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] =
     """
     if not list_folder(to_path(workdir) / "checkpoints"):
         raise ValueError(f"--workdir {workdir}: no run here (no checkpoints/); train first, or correct the path")
-    wanted_step = None if step < 0 else step
-    stored_step, _, metadata = restore_subtree(workdir, wanted_step, ["step"])
+    folder = valid_step(workdir, step)
+    stored_step, metadata = int(folder.name), read_metadata(folder)
     config = with_overrides(metadata["config"], overrides)
     if not 0 <= replicate < config.train.num_replicates:
         raise ValueError(f"--replicate {replicate}: the run has replicates 0 to {config.train.num_replicates - 1}")

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 Objective = Literal["understanding", "semantic_input", "semantic_encoder"]
 Component = Literal["encoder", "projector", "decoder", "semantic_head"]
 Remat = Literal["none", "dots", "full"]
+Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "dense", "jax_nn", "splash"]
 Turns = Literal["branches", "repeated_prefix"]
 """How independent turns of a sample lie in a row: as branches after one prefix, or each with the prefix repeated."""
@@ -38,7 +39,17 @@ class ConfigError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Visual Encoder: a SigLIP-2-NaFlex-style ViT. `position_grid` is the side of the learned position table."""
+    """Visual Encoder: a ViT over patches at native aspect ratio. The defaults are SigLIP 2's; CLIP has other ones.
+
+    Attributes:
+        position_grid: side of the learned position table.
+        activation: of the feed-forward parts.
+        norm_eps: of all layer norms.
+        pixel_mean, pixel_std: by channel; it sees pixels in [0, 1] less the mean, over the standard deviation.
+        class_token: each image has one more position with a learned embedding, which its patches see (CLIP).
+        patch_bias: of the map from a patch to its embedding.
+        pre_norm: a layer norm before the first block (CLIP).
+    """
 
     num_layers: int
     dim: int
@@ -48,6 +59,13 @@ class EncoderConfig:
     position_grid: int
     attention: Literal["bidirectional", "causal"]
     remat: Remat
+    activation: Activation = "gelu_tanh"
+    norm_eps: float = 1e-6
+    pixel_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixel_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    class_token: bool = False
+    patch_bias: bool = True
+    pre_norm: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +77,28 @@ class ProjectorConfig:
 
     hidden_dim: int
     output_rms: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScalingConfig:
+    """How rotary frequencies are changed for positions beyond those of pretraining; `kind` none: they are not.
+
+    Attributes:
+        kind: `linear` (positions over `factor`), `llama3`, or `yarn` (arXiv 2309.00071).
+        factor: how many times further positions reach.
+        original_positions: length of pretraining (llama3, yarn).
+        low, high: of llama3, its low and high frequency factors; of yarn, beta_slow and beta_fast.
+        attention_factor: what yarn multiplies cosine and sine by.
+        truncate: yarn rounds the bounds of its ramp to whole dimensions.
+    """
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_positions: int = 0
+    low: float = 1.0
+    high: float = 4.0
+    attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +122,7 @@ class DecoderConfig:
     tied_embeddings: bool
     max_grid: int
     remat: Remat
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,11 +203,17 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitFromConfig:
-    """Start `components` from the checkpoint of another run. `workdir` empty: off. `step` -1: its newest step."""
+    """Start `components` from the checkpoint of another run. `workdir` empty: off. `step` -1: its newest step.
+
+    `language_model` and `vision_encoder` (empty: none) are pretrained models of Hugging Face that decoder and encoder
+    start from: folders, or `owner/name@revision` of the hub.
+    """
 
     workdir: str
     step: int
     components: tuple[Component, ...]
+    language_model: str = ""
+    vision_encoder: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +356,9 @@ class EvalConfig:
     longer belongs beside the run (`evaluate --watch`). `caption_prompt` asks for a caption where a benchmark has no
     question.
 
+    `chat_template` asks as the tokenizer's chat template has it, for models that were trained to answer so (a run of
+    `train` reads its records as they are, without one).
+
     `batch_rows` rows are scored at once; `shard_items` items are a part of a job, which a kill cannot take away once it
     is written; `validation_rows` bounds the fixed validation plan per source (0: every item).
     `rollout_source` (empty: none) names the source whose unseen captions are rolled out, to be found among
@@ -323,6 +373,7 @@ class EvalConfig:
     shard_items: int = 512
     every_steps: int = 0
     caption_prompt: str = "Describe the image."
+    chat_template: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -519,6 +570,15 @@ def _validate_model(model: ModelConfig) -> list[str]:
             f"model.decoder.num_heads {decoder.num_heads} must be a multiple of num_kv_heads {decoder.num_kv_heads}",
         ),
         (decoder.head_dim % 2 == 0, f"model.decoder.head_dim {decoder.head_dim} must be even (rotary pairs)"),
+        (
+            len(encoder.pixel_mean) == len(encoder.pixel_std) == 3 and all(std > 0 for std in encoder.pixel_std),
+            "model.encoder.pixel_mean and pixel_std need three values each, the latter positive",
+        ),
+        (
+            not (encoder.class_token and encoder.attention == "causal"),
+            "model.encoder.class_token sees the whole image: set model.encoder.attention=bidirectional",
+        ),
+        *_rope_rules(decoder),
     ]
     positive = {
         "model.encoder": (encoder, ("num_layers", "dim", "num_heads", "mlp_dim", "patch_size", "position_grid")),
@@ -543,10 +603,22 @@ def _validate_model(model: ModelConfig) -> list[str]:
     return _broken(rules) + _not_positive(positive)
 
 
+def _rope_rules(decoder: DecoderConfig) -> list[tuple[bool, str]]:
+    scaling, path = decoder.rope_scaling, "model.decoder.rope_scaling"
+    has_lengths = scaling.kind in ("llama3", "yarn")
+    return [
+        (scaling.factor > 0, f"{path}.factor {scaling.factor} must be positive"),
+        (not has_lengths or scaling.original_positions > 0, f"{path}.original_positions: {scaling.kind} needs it"),
+        (
+            not has_lengths or 0 < scaling.low < scaling.high,
+            f"{path}.low {scaling.low} must be positive and less than {path}.high {scaling.high}",
+        ),
+    ]
+
+
 def _validate_data(config: Config) -> list[str]:
     data = config.data
     rules = [
-        (bool(data.sources), "data.sources: name at least one source"),
         (
             data.row_patches % MERGED_PATCHES == 0,
             f"data.row_patches {data.row_patches} must be a multiple of {MERGED_PATCHES}",
@@ -667,6 +739,11 @@ def _validate_run(config: Config) -> list[str]:
         (
             bool(init_from.components) or not init_from.workdir,
             "init_from.workdir is set but init_from.components is empty",
+        ),
+        (
+            not (init_from.language_model and "decoder" in init_from.components)
+            and not (init_from.vision_encoder and "encoder" in init_from.components),
+            "init_from: language_model and components=decoder (vision_encoder and encoder) exclude each other",
         ),
         (
             config.objective != "understanding" or "semantic_head" not in init_from.components,

@@ -193,8 +193,9 @@ def _encoder_weights(encoder: EncoderConfig) -> int:
 def _encoder_parameters(encoder: EncoderConfig) -> int:
     norm = 2 * encoder.dim
     block_biases = 4 * encoder.dim + encoder.mlp_dim + encoder.dim
-    positions = encoder.position_grid**2 * encoder.dim
-    return _encoder_weights(encoder) + encoder.dim + positions + encoder.num_layers * (block_biases + 2 * norm) + norm
+    positions = (encoder.position_grid**2 + encoder.class_token) * encoder.dim
+    ends = encoder.dim * (encoder.patch_bias + encoder.class_token) + norm * (1 + encoder.pre_norm)
+    return _encoder_weights(encoder) + positions + encoder.num_layers * (block_biases + 2 * norm) + ends
 
 
 def _projector_weights(model: ModelConfig) -> int:

@@ -30,6 +30,8 @@ from unihetero_jax.data.mixture import (
 )
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.metrics import IntervalMetrics, StepTimer, announce
+from unihetero_jax.model.unihetero import Params
+from unihetero_jax.pretrained import check_architecture, load_components, open_pretrained, read_pretrained
 from unihetero_jax.profiling import Profile
 from unihetero_jax.reporting import Reporter
 from unihetero_jax.sharding import Vote, local_rows, make_mesh, to_global
@@ -78,6 +80,8 @@ def train(
         Interrupted: SIGTERM or SIGINT came; the step was finished and saved.
         ValueError: bad input of any kind; the message names it and the remedy.
     """
+    if not config.data.sources:
+        raise ValueError("data.sources: name at least one source")
     agree_on_run(config, workdir, change_mixture)
     workdir = prepare_workdir(workdir)
     lock = RunLock(workdir, patience_s=LOCK_PATIENCE_S, report=announce)
@@ -230,32 +234,67 @@ def _restore_or_init(
 
 
 def _init_from(config: Config, state: TrainState) -> TrainState:
-    """Replaces components by those of another run, as `init_from` asks; averages start from them too."""
-    components = config.init_from.components
-    if not components:
+    """Replaces components as `init_from` asks; averages start from them too."""
+    loaded = _components_of_run(config, state) | _pretrained_components(config, state)
+    if not loaded:
         return state
-    missing = [name for name in components if name not in state.params]
-    if missing:
-        raise ValueError(f"init_from.components: objective={config.objective} has no {', '.join(missing)}")
+
+    def place(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jax.device_put(jnp.broadcast_to(new, old.shape), old.sharding)
+
+    params = state.params | {name: jax.tree.map(place, tree, state.params[name]) for name, tree in loaded.items()}
+    ema = {name: jax.tree.map(jnp.copy, params[name]) for name in ema_components(config)}
+    return TrainState(state.step, params, ema, state.opt_state, state.skipped, state.consecutive_skips)
+
+
+def _abstract_params(config: Config, state: TrainState, components: Sequence[str]) -> Params:
+    """Of one replicate, with the shardings of the state where it has one alone."""
     replicated = config.train.num_replicates > 1
 
     def one(x: jax.Array) -> jax.ShapeDtypeStruct:
         shape = x.shape[1:] if replicated else x.shape
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=None if replicated else x.sharding)
 
-    target = {"params": {name: jax.tree.map(one, state.params[name]) for name in components}}
+    return {name: jax.tree.map(one, state.params[name]) for name in components}
+
+
+def _pretrained_components(config: Config, state: TrainState) -> Params:
+    """Decoder and encoder of pretrained models of Hugging Face."""
+    init_from = config.init_from
+    if not init_from.language_model and not init_from.vision_encoder:
+        return {}
+    pretrained = read_pretrained(init_from.language_model, init_from.vision_encoder, to_dict(config))
+    check_architecture(config, pretrained)
+    target = _abstract_params(config, state, ["decoder", "encoder"])
+    sources = open_pretrained(pretrained, config, target)
+    new_tokens = range(0)
+    if pretrained.language_folder:
+        theirs, ours = load_tokenizer(pretrained.language_folder), load_tokenizer(config.data.tokenizer)
+        if not ours.extends(theirs):
+            raise ValueError(
+                f"data.tokenizer: {config.data.tokenizer} is not that of {pretrained.language_folder} with special "
+                "tokens added; prepare the data with the one that import-hf writes"
+            )
+        new_tokens = range(theirs.num_known, ours.vocab_size)
+    loaded = load_components(sources, config, target, new_tokens)
+    for name, source in sources.items():
+        announce(f"{name} initialised from {source.folder}")
+    return loaded
+
+
+def _components_of_run(config: Config, state: TrainState) -> Params:
+    """Those of another run's checkpoint."""
+    components = config.init_from.components
+    if not components:
+        return {}
+    missing = [name for name in components if name not in state.params]
+    if missing:
+        raise ValueError(f"init_from.components: objective={config.objective} has no {', '.join(missing)}")
+    target = {"params": _abstract_params(config, state, components)}
     prefixes = [f"params/{name}" for name in components]
     found, loaded, _ = restore_subtree(config.init_from.workdir, config.init_from.step, prefixes, target)
     announce(f"{', '.join(components)} initialised from {config.init_from.workdir}, step {found}")
-
-    def place(new: jax.Array, old: jax.Array) -> jax.Array:
-        return jax.device_put(jnp.broadcast_to(new, old.shape), old.sharding)
-
-    params = state.params | {
-        name: jax.tree.map(place, tree, state.params[name]) for name, tree in loaded["params"].items()
-    }
-    ema = {name: jax.tree.map(jnp.copy, params[name]) for name in ema_components(config)}
-    return TrainState(state.step, params, ema, state.opt_state, state.skipped, state.consecutive_skips)
+    return loaded["params"]
 
 
 def _make_validation(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> Callable[[TrainState], dict[str, Any]]:

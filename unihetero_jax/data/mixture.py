@@ -43,6 +43,21 @@ COUNTERS = ("samples", "tokens", "text_targets", "visual_targets", "failed", "dr
 _log = logging.getLogger(__name__)
 
 
+def chat_around(config: Config, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What stands before and after a prompt: nothing, unless `eval.chat_template` asks for the tokenizer's.
+
+    Raises:
+        ValueError: it asks for one, and the tokenizer has none.
+    """
+    if not config.eval.chat_template:
+        return [], []
+    if tokenizer.chat is None:
+        raise ValueError(
+            f"eval.chat_template: the tokenizer in {config.data.tokenizer} has no chat template; set it to False"
+        )
+    return tokenizer.chat
+
+
 def image_spec(config: Config) -> ImageSpec:
     """Patch size and bounds of an image's patches that a configuration asks for."""
     return ImageSpec(config.model.encoder.patch_size, config.data.image_min_patches, config.data.image_max_patches)

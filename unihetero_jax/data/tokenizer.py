@@ -12,17 +12,20 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from unihetero_jax.storage import download, file_exists, is_local, read_bytes, to_path
+from unihetero_jax.storage import download, file_exists, is_local, make_folder, read_bytes, to_path, write_bytes
 
 PAD, BOI, EOI, EOS = SPECIAL_TOKENS = ("<pad>", "<boi>", "<eoi>", "<eos>")
 MIN_TRAINED_VOCAB = 256 + len(SPECIAL_TOKENS)
 """All bytes and the special tokens: below this some text could not be encoded."""
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 """What transformers reads of a tokenizer's folder."""
 
 
@@ -32,10 +35,22 @@ class Tokenizer:
     Attributes:
         pad_id, boi_id, eoi_id, eos_id: ids of the special tokens.
         vocab_size: one more than the largest id.
+        num_known: one more than the largest id that its files know; special tokens that they lack come after.
         hash: 12 hex digits over the content of `tokenizer.json`; names the index of lengths.
+        chat: ids before and after what a user says, up to where the model answers, by the chat template of its folder;
+            None where there is none.
     """
 
-    def __init__(self, backend: BackendTokenizer, pad_token: str, eos_token: str, content_hash: str):
+    def __init__(
+        self,
+        backend: BackendTokenizer,
+        pad_token: str,
+        eos_token: str,
+        content_hash: str,
+        chat: tuple[list[int], list[int]] | None = None,
+    ):
+        self.chat = chat
+        self.num_known = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         backend.add_special_tokens([pad_token, BOI, EOI, eos_token])  # those already there keep their ids
         backend.encode_special_tokens = True
         backend.no_truncation()
@@ -45,6 +60,12 @@ class Tokenizer:
         self.pad_id, self.boi_id, self.eoi_id, self.eos_id = (vocabulary[t] for t in (pad_token, BOI, EOI, eos_token))
         self.vocab_size = max(vocabulary.values()) + 1
         self.hash = content_hash
+
+    def extends(self, other: "Tokenizer") -> bool:
+        """Whether all that another tokenizer's files know has the same ids here."""
+        own = self._backend.get_vocab(with_added_tokens=True)
+        theirs = other._backend.get_vocab(with_added_tokens=True)
+        return all(own.get(token) == number for token, number in theirs.items() if number < other.num_known)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text: no special token is added, and none can come from the text.
@@ -85,7 +106,25 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     pad, eos = wrapped.pad_token or PAD, wrapped.eos_token or EOS
     if pad == eos:  # some models pad with their end token; padding must never be a target
         pad = PAD
-    return Tokenizer(wrapped.backend_tokenizer, str(pad), str(eos), _digest(read_bytes(path)))
+    return Tokenizer(wrapped.backend_tokenizer, str(pad), str(eos), _digest(read_bytes(path)), _chat(wrapped, path))
+
+
+def _chat(wrapped: Any, path: epath.Path) -> tuple[list[int], list[int]] | None:
+    """What stands around a user's words, tokenised apart from them: no words can end the turn that they stand in."""
+    if not wrapped.chat_template:
+        return None
+    words = "\ufdd0words\ufdd0"  # no character, so in no template
+    try:
+        text = wrapped.apply_chat_template(
+            [{"role": "user", "content": words}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # whatever a template raises
+        raise ValueError(f"{path.parent}: its chat template cannot be used: {error}") from error
+    before, found, after = text.partition(words)
+    if not found:
+        raise ValueError(f"{path.parent}: its chat template leaves out what the user says")
+    encode = wrapped.backend_tokenizer.encode
+    return encode(before, add_special_tokens=False).ids, encode(after, add_special_tokens=False).ids
 
 
 @contextlib.contextmanager
@@ -98,6 +137,31 @@ def _local_files(folder: epath.Path) -> Iterator[Path]:
             with contextlib.suppress(FileNotFoundError):
                 download(folder / name, Path(copies) / name)
         yield Path(copies)
+
+
+def extend_tokenizer(source: Path, folder: epath.Path) -> tuple[Tokenizer, int]:
+    """Writes a language model's tokenizer with this program's special tokens, which get the ids after its own.
+
+    Returns:
+        The tokenizer of `folder`, and the number of ids that the language model knows.
+
+    Raises:
+        ValueError: the source has no readable `tokenizer.json`.
+    """
+    num_known = load_tokenizer(source).num_known
+    from transformers import PreTrainedTokenizerFast
+
+    wrapped = PreTrainedTokenizerFast.from_pretrained(os.fspath(source), local_files_only=True)
+    backend = wrapped.backend_tokenizer
+    pad = wrapped.pad_token or PAD
+    eos = wrapped.eos_token or EOS
+    backend.add_special_tokens([PAD if pad == eos else str(pad), BOI, EOI, str(eos)])
+    make_folder(folder)
+    for name in FILES[1:]:
+        if (source / name).is_file():
+            write_bytes(folder / name, (source / name).read_bytes())
+    write_bytes(folder / FILES[0], (backend.to_str(pretty=True) + "\n").encode())
+    return load_tokenizer(folder), num_known
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | os.PathLike[str]) -> Tokenizer:

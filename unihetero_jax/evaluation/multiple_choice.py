@@ -21,7 +21,7 @@ import numpy as np
 
 from unihetero_jax import distributed
 from unihetero_jax.config import Config, DataConfig
-from unihetero_jax.data.mixture import image_spec
+from unihetero_jax.data.mixture import chat_around, image_spec
 from unihetero_jax.data.packing import (
     NUM_MARKERS,
     PackedSample,
@@ -54,8 +54,9 @@ TOO_LONG, EMPTY, NOT_FINITE = "too_long", "empty_text", "not_finite"
 
 @dataclasses.dataclass(frozen=True)
 class _Prompt:
-    """An item as token ids, with its pictures and the visual tokens that each takes."""
+    """An item as token ids, with its pictures, which follow `before`, and the visual tokens that each takes."""
 
+    before: list[int]
     question: list[int]
     options: list[list[int]]
     images: tuple[bytes, ...]
@@ -63,7 +64,7 @@ class _Prompt:
 
     @property
     def prefix_tokens(self) -> int:
-        return sum(self.num_visual) + NUM_MARKERS * len(self.images) + len(self.question) - 1
+        return len(self.before) + sum(self.num_visual) + NUM_MARKERS * len(self.images) + len(self.question) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def score_items(
     parts: list[_Part] = []
     for position, item in enumerate(items):
         try:
-            prompt = _make_prompt(item, tokenizer, spec, without_image)
+            prompt = _make_prompt(item, tokenizer, config, without_image)
             parts.extend(_split(position, prompt, data))
             prompts[position] = prompt
         except RecordError as error:
@@ -146,13 +147,17 @@ def prompt_text(item: Item) -> str:
     return format_prompt(f"{item.hint}\n{item.question}" if item.hint else item.question)
 
 
-def _make_prompt(item: Item, tokenizer: Tokenizer, spec: ImageSpec, without_image: bool) -> _Prompt:
-    question = tokenizer.encode(prompt_text(item))
-    options = [tokenizer.encode(format_answer(option)) for option in item.options]
+def _make_prompt(item: Item, tokenizer: Tokenizer, config: Config, without_image: bool) -> _Prompt:
+    spec, (before, after) = image_spec(config), chat_around(config, tokenizer)
+    question = tokenizer.encode(prompt_text(item)) + after
+    answers = [format_answer(option) for option in item.options]
+    options = [tokenizer.encode(answer.lstrip() if after else answer) for answer in answers]
     if not question or not all(options):
         raise RecordError(EMPTY, f"item {item.index}")
     images = () if without_image else item.images
-    return _Prompt(question, options, images, tuple(image_tokens(*probe_image(image), spec) for image in images))
+    return _Prompt(
+        before, question, options, images, tuple(image_tokens(*probe_image(image), spec) for image in images)
+    )
 
 
 def _split(position: int, prompt: _Prompt, data: DataConfig) -> list[_Part]:
@@ -188,7 +193,8 @@ def _row_samples(
     for part in parts:
         prompt = prompts[part.item]
         try:
-            pieces = _pictures(prompt, tokenizer, spec)
+            pieces: list[Piece] = [TokenPiece(prompt.before, loss=False, branch=0)] if prompt.before else []
+            pieces += _pictures(prompt, tokenizer, spec)
         except RecordError as error:
             unscored[part.item] = error.reason
             continue

@@ -225,6 +225,7 @@ def _facts(name: str, benchmark: Benchmark, config: Config, mode: Mode) -> dict[
         "prompt_template": OPTIONS_TEMPLATE if mode in SHOWS_OPTIONS else PROMPT_TEMPLATE,
         "scorer": SCORERS[mode],
         "caption_prompt": config.eval.caption_prompt,
+        "chat_template": config.eval.chat_template,
         "image_transform": {
             "patch_size": config.model.encoder.patch_size,
             "min_patches": data.image_min_patches,

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from unihetero_jax import distributed
 from unihetero_jax.arrays import Batch, typechecked
 from unihetero_jax.config import MERGED_PATCHES, Config
-from unihetero_jax.data.mixture import image_spec
+from unihetero_jax.data.mixture import chat_around, image_spec
 from unihetero_jax.data.packing import (
     NUM_MARKERS,
     PackedSample,
+    Piece,
     TokenPiece,
     assemble_row,
     empty_rows,
@@ -153,16 +154,20 @@ def _sample_of_cost(config: Config, tokenizer: Tokenizer, prompt: Prompt, cost: 
 def _prompt_cost(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> tuple[int, int]:
     """Positions and patches of `prompt_sample`, from the headers of the images alone."""
     visual = [image_tokens(*probe_image(image), image_spec(config)) for image in prompt.images]
-    text = tokenizer.encode(format_prompt(prompt.text))
+    before, after = chat_around(config, tokenizer)
+    text = before + tokenizer.encode(format_prompt(prompt.text)) + after
     return sum(visual) + NUM_MARKERS * len(visual) + len(text), sum(visual) * MERGE_SIZE**2
 
 
 def prompt_sample(config: Config, tokenizer: Tokenizer, prompt: Prompt) -> PackedSample:
-    """A prompt as it stood in training: each image between its markers, then the prompt's text."""
-    pieces = []
+    """A prompt as it stood in training: each image between its markers, then the prompt's text. With
+    `eval.chat_template`, both are what the user says.
+    """
+    before, after = chat_around(config, tokenizer)
+    pieces: list[Piece] = [TokenPiece(before)] if before else []
     for image in prompt.images:
         pieces += image_pieces(resize_to_grid(decode_image(image), image_spec(config)), tokenizer)
-    ids = tokenizer.encode(format_prompt(prompt.text))
+    ids = tokenizer.encode(format_prompt(prompt.text)) + after
     return PackedSample([*pieces, TokenPiece(ids)] if ids else pieces)
 
 

@@ -1,14 +1,16 @@
 """Attention: who may see whom in packed rows, rotary positions, and the product itself, by one of three back ends."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import typechecked
-from unihetero_jax.config import AttentionBackend, Turns
+from unihetero_jax.config import AttentionBackend, RopeScalingConfig, Turns
 from unihetero_jax.model.splash import Order, splash_attend
 from unihetero_jax.sharding import by_device, current_platform
 
@@ -56,13 +58,48 @@ def encoder_mask(patch_segment_ids: Int[Array, "B P"], causal: bool) -> Bool[Arr
     return mask
 
 
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
+    """Rotary frequencies, float32[head_dim / 2], in radians per position.
+
+    Frequency i is theta^(-2i / head_dim) (arXiv 2104.09864). `linear` divides all by `factor`; `llama3` those of long
+    wavelengths, with a ramp between two bounds (Llama 3.1's code); `yarn` those that turn less than `low` times within
+    the original length, with a ramp over dimensions up to `high` turns (arXiv 2309.00071, equations 17 to 23).
+    """
+    half = head_dim // 2
+    plain = theta ** (-np.arange(half, dtype=np.float64) / half)
+    match scaling.kind:
+        case "none":
+            kept = np.ones(half)
+        case "linear":
+            kept = np.zeros(half)
+        case "llama3":
+            turns = scaling.original_positions * plain / (2 * math.pi)
+            kept = np.clip((turns - scaling.low) / (scaling.high - scaling.low), 0.0, 1.0)
+        case "yarn":
+            first, last = (_dim_of_turns(turns, head_dim, theta, scaling) for turns in (scaling.high, scaling.low))
+            if scaling.truncate:
+                first, last = math.floor(first), math.ceil(last)
+            first, last = max(first, 0), min(last, head_dim - 1)
+            kept = 1.0 - np.clip((np.arange(half) - first) / max(last - first, 0.001), 0.0, 1.0)
+    return (plain * kept + plain / scaling.factor * (1.0 - kept)).astype(np.float32)
+
+
+def _dim_of_turns(turns: float, head_dim: int, theta: float, scaling: RopeScalingConfig) -> float:
+    """The pair of dimensions, as a real number, that turns so often within the original length."""
+    return head_dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+
 @typechecked
-def rotate(x: Float[Array, "B T H d"], positions: Int[Array, "B T"], theta: float) -> Float[Array, "B T H d"]:
-    """Rotary position embedding (RoFormer, arXiv 2104.09864), first half against second half as in Llama and Qwen."""
+def rotate(
+    x: Float[Array, "B T H d"], positions: Int[Array, "B T"], frequencies: np.ndarray, amplitude: float = 1.0
+) -> Float[Array, "B T H d"]:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864), first half against second half as in Llama and Qwen.
+
+    `frequencies` from `rope_frequencies`; `amplitude` multiplies cosine and sine (yarn's attention factor).
+    """
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    angle = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -128,9 +165,9 @@ def decoder_attention(
 
 
 def encoder_attention(
-    choice: AttentionBackend, patch_segment_ids: Int[Array, "B P"], causal: bool, max_patches: int
+    choice: AttentionBackend, patch_segment_ids: Int[Array, "B P"], causal: bool, max_patches: int | None
 ) -> RowAttention:
-    """Attention of the vision encoder over whole rows of patches; no image has more than `max_patches`."""
+    """Attention of the vision encoder over whole rows of patches; no image spreads over more than `max_patches`."""
     backend = choose_backend(choice, current_platform())
     if backend == "splash":
         return _splash(patch_segment_ids, "block_causal" if causal else "full", max_patches, "replicated")

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import Cache, typechecked
 from unihetero_jax.config import DecoderConfig
-from unihetero_jax.model.attention import RowAttention, attend, rotate
+from unihetero_jax.model.attention import RowAttention, attend, rope_frequencies, rotate
 from unihetero_jax.model.layers import (
     GatedMLP,
     Linear,
@@ -49,8 +49,10 @@ class Attention(nnx.Module):
         )
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        theta = self.config.rope_theta
-        return rotate(query, positions, theta), rotate(key, positions, theta), value
+        scaling = self.config.rope_scaling
+        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta, scaling)
+        query, key = (rotate(x, positions, frequencies, scaling.attention_factor) for x in (query, key))
+        return query, key, value
 
 
 class DecoderBlock(nnx.Module):

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from unihetero_jax.arrays import typechecked
-from unihetero_jax.config import Remat
+from unihetero_jax.config import Activation, Remat
 from unihetero_jax.sharding import by_device, own_part, sum_over, sum_to_parts
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -93,15 +93,35 @@ class LayerNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two layers with tanh-approximated GELU (SigLIP's choice), with biases."""
+    """Two layers with biases; tanh-approximated GELU unless said otherwise (SigLIP's choice)."""
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, axes: tuple[str, str], keys: ParamKeys):
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        out_dim: int,
+        axes: tuple[str, str],
+        keys: ParamKeys,
+        activation: Activation = "gelu_tanh",
+    ):
+        self.activation: Activation = activation
         self.up = Linear(in_dim, hidden_dim, (axes[0], "mlp"), keys.child("up"), use_bias=True)
         self.down = Linear(hidden_dim, out_dim, ("mlp", axes[1]), keys.child("down"), use_bias=True)
 
     @typechecked
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        return self.down(activate(self.up(x), self.activation))
+
+
+def activate(x: jax.Array, activation: Activation) -> jax.Array:
+    """The activation by name; `quick_gelu` is x sigmoid(1.702 x), as OpenAI's CLIP has it."""
+    match activation:
+        case "gelu_tanh":
+            return jax.nn.gelu(x, approximate=True)
+        case "gelu":
+            return jax.nn.gelu(x, approximate=False)
+        case "quick_gelu":
+            return x * jax.nn.sigmoid(1.702 * x)
 
 
 class GatedMLP(nnx.Module):

@@ -23,7 +23,7 @@ from unihetero_jax.model.decoder import Decoder
 from unihetero_jax.model.layers import ParamKeys
 from unihetero_jax.model.semantic_encoder import Projector, token_embedding_rms
 from unihetero_jax.model.semantic_head import SemanticHead
-from unihetero_jax.model.vision_encoder import VisionEncoder, merge_patches
+from unihetero_jax.model.vision_encoder import VisionEncoder, merge_patches, with_class_tokens
 from unihetero_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -73,7 +73,10 @@ class UniHetero(nnx.Module):
         # A strip one visual token high is the longest image that the grid table allows.
         max_patches = MERGED_PATCHES * self.config.decoder.max_grid
         causal = self.config.encoder.attention == "causal"
-        attention = encoder_attention(self.config.attention_backend, batch.patch_segment_ids, causal, max_patches)
+        segments = batch.patch_segment_ids
+        if self.config.encoder.class_token:
+            segments, max_patches = with_class_tokens(segments), None
+        attention = encoder_attention(self.config.attention_backend, segments, causal, max_patches)
         features = self.encoder(batch.patches, batch.patch_coords, batch.patch_grid, attention, self.dtype)
         merged = merge_patches(constrain(features, "batch", "replicated", "replicated"))
         return VisionOutput(merged, self.projector(merged))
