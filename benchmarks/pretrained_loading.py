@@ -8,6 +8,7 @@ above that of the process before it; what is above the parameters themselves is 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -70,10 +71,18 @@ def write_model(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(CONFIG))
 
 
-def load_by_import(folder: Path) -> tuple[float, int, float]:
-    """Seconds, parameters and a checksum."""
-    import dataclasses
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """One load: seconds, parameters, a checksum, and resident bytes before it."""
 
+    seconds: float
+    parameters: int
+    checksum: float
+    resident_before: int
+
+
+def load_by_import(folder: Path) -> Load:
+    """As `import-hf` reads it, into arrays on the default device."""
     import jax
     from flax import nnx
 
@@ -84,31 +93,32 @@ def load_by_import(folder: Path) -> tuple[float, int, float]:
     from unihetero_jax.pretrained import read_pretrained
 
     jax.devices()
-    start = time.perf_counter()
+    before, start = _resident(), time.perf_counter()
     values = base.get_config().to_dict()
-    pretrained = read_pretrained(str(folder), "", values)
-    assert pretrained.language is not None
-    values["model"]["decoder"] = dataclasses.asdict(pretrained.language.decoder)
+    language = read_pretrained(str(folder), "", values).language
+    assert language is not None
+    values["model"]["decoder"] = dataclasses.asdict(language.decoder)
     config = from_config_dict(values)
     abstract = nnx.to_pure_dict(abstract_model(config.model, "understanding")[1])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract)
-    source = open_source(folder, language_table(config.model.decoder), target)
-    params = load_parameters(source, target)
+    params = load_parameters(open_source(folder, language_table(config.model.decoder), target), target)
     jax.block_until_ready(params)
     seconds = time.perf_counter() - start
-    leaves = jax.tree.leaves(params)
-    return seconds, sum(x.size for x in leaves), float(np.asarray(params["decoder"]["norm"]["gain"]).sum())
+    count = sum(x.size for x in jax.tree.leaves(params))
+    return Load(seconds, count, float(np.asarray(params["decoder"]["norm"]["gain"]).sum()), before)
 
 
-def load_by_transformers(folder: Path) -> tuple[float, int, float]:
+def load_by_transformers(folder: Path) -> Load:
     """The same by the library that the files are made for."""
     import torch
     import transformers
 
-    start = time.perf_counter()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    load = transformers.LlamaForCausalLM.from_pretrained
+    before, start = _resident(), time.perf_counter()
+    model = load(folder, dtype=torch.float32)
     seconds = time.perf_counter() - start
-    return seconds, sum(p.numel() for p in model.parameters()), float(model.model.norm.weight.sum())
+    count = sum(p.numel() for p in model.parameters())
+    return Load(seconds, count, model.model.norm.weight.detach().sum().item(), before)
 
 
 def _resident() -> int:
@@ -117,21 +127,9 @@ def _resident() -> int:
 
 def run_arm(arm: str, folder: Path) -> None:
     """In a process of its own: prints one JSON line."""
-    if arm == "import":
-        import jax
-
-        import unihetero_jax.pretrained  # noqa: F401
-
-        jax.devices()
-    else:
-        import torch  # noqa: F401
-        import transformers
-
-        _ = transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM
-    before = _resident()
-    seconds, count, checksum = (load_by_import if arm == "import" else load_by_transformers)(folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    print(json.dumps({"seconds": seconds, "parameters": count, "checksum": checksum, "peak_bytes": peak}))
+    done = load_by_import(folder) if arm == "import" else load_by_transformers(folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - done.resident_before
+    print(json.dumps(dataclasses.asdict(done) | {"peak_bytes": peak}))
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ def get_config(arg: str = "") -> ConfigDict:
             )
         values = json.loads(imported.read_text())
         config.model = ConfigDict(values["model"])
-        for name in ("tokenizer", "row_tokens", "row_patches", "image_min_patches", "image_max_patches"):
-            config.data[name] = values["data"][name]
+        sizes = ("tokenizer", "row_tokens", "row_patches", "image_min_patches", "image_max_patches")
+        config.data.update({name: values["data"][name] for name in sizes})
         config.init_from = ConfigDict(
             {
                 "workdir": arg,
