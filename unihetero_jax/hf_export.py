@@ -121,7 +121,7 @@ def export_hugging_face(
 
 def _originals(workdir: epath.PathLike, config: Config, pretrained: str) -> epath.Path | None:
     """The kept JSON files of the import that a run came from, if there are any."""
-    for place in (pretrained, workdir, config.init_from.workdir):
+    for place in (pretrained,) if pretrained else (workdir, config.init_from.workdir):
         if place and list_folder(to_path(place) / "pretrained"):
             return to_path(place) / "pretrained"
     if pretrained:
