@@ -40,7 +40,7 @@ real: $(STAMP) ## real data from DATA=folder (default ../shared/data): convert, 
 	$(PY) -m data_pipelines.real --data='$(DATA)' --output=data/real
 	$(PY) -m unihetero_jax train --config=experiments/real_small.py --workdir=runs/real
 
-test: $(STAMP) ## the default test suite (under 6 minutes on 2 cores)
+test: $(STAMP) ## the default test suite
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
 test-all: $(STAMP) ## with the slow tests: random kills, collapse training
