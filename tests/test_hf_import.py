@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_pipelines import convert
-from unihetero_jax import hf_config
+from unihetero_jax import hf_config, hf_weights
 from unihetero_jax.cli import load_run, main
 from unihetero_jax.config import RopeScalingConfig, from_config_dict, to_dict
 from unihetero_jax.data.tokenizer import BOI, EOI, extend_tokenizer, load_tokenizer
@@ -118,6 +118,17 @@ def test_all_meshes_load_the_same(tmp_path):
     split = load_run(str(eight), -1, 0, ["--config.mesh.fsdp=1", "--config.mesh.tensor=1"]).params
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(split), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+def test_layer_by_layer_loads_the_same(tmp_path, monkeypatch):
+    """The way to accelerators, whose memory is not the host's, on the mesh of eight."""
+    flags = ["--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--config.eval.batch_rows=8"]
+    whole, *_ = imported(tmp_path / "whole", "qwen2", "siglip2", *flags)
+    monkeypatch.setattr(hf_weights, "_is_on_hosts", lambda sharding: False)
+    layers, *_ = imported(tmp_path / "layers", "qwen2", "siglip2", *flags)
+    a, b = (load_run(str(workdir), -1, 0).params for workdir in (whole, layers))
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
 
 
 def test_training_starts_from_pretrained_models(tmp_path, tiny_experiment):
