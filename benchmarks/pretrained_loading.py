@@ -1,6 +1,6 @@
 """Loading a language model of a billion parameters: import against transformers' `from_pretrained`, seconds and memory.
 
-    make parity && .venv-parity/bin/python -m benchmarks.pretrained_loading [--rounds=5] [--folder=/tmp/one-billion]
+    make parity && .venv-parity/bin/python -m benchmarks.pretrained_loading [--rounds=5] [--folder=runs/one-billion]
 
 The model is Llama-shaped and random, stored in bfloat16 in files of 1 GB; both load it as float32. Every load has a
 process of its own, imports before the clock starts, and the arms take turns. Memory is the peak of resident memory
@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.interleave import Timing
 from benchmarks.results_file import describe_run, write_results
-from unihetero_jax.safetensors_files import INDEX, NewTensor, split_by_bytes, write_tensors
+from unihetero_jax.safetensors_files import INDEX, NewTensor, file_name, split_by_bytes, write_tensors
 
 SHAPE = {
     "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -63,7 +63,7 @@ def write_model(folder: Path) -> None:
     rng = np.random.default_rng(0)
     weight_map = {}
     for number, group in enumerate(groups, start=1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        name = file_name(number, len(groups))
         values = ((t.name, (rng.standard_normal(t.shape, np.float32) * 0.02).astype(dtype)) for t in group)
         write_tensors(folder / name, group, values, {"format": "pt"})
         weight_map |= {tensor.name: name for tensor in group}
@@ -135,7 +135,7 @@ def run_arm(arm: str, folder: Path) -> None:
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", default="/tmp/one-billion")
+    parser.add_argument("--folder", default="runs/one-billion")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--arm", choices=ARMS, default=None, help="one load, for the program itself")
     parser.add_argument("--out", default="benchmarks/results/pretrained_loading.json")

@@ -21,7 +21,7 @@ from etils import epath
 from unihetero_jax.checkpoint import read_arrays, read_metadata, valid_step
 from unihetero_jax.data.tokenizer import FILES, load_tokenizer
 from unihetero_jax.integrity import read_manifest
-from unihetero_jax.safetensors_files import INDEX, NewTensor, split_by_bytes, write_tensors
+from unihetero_jax.safetensors_files import INDEX, NewTensor, file_name, split_by_bytes, write_tensors
 from unihetero_jax.storage import list_folder, local_target, make_folder, read_bytes, to_path, write_bytes
 from unihetero_jax.workdir import write_atomically, write_config
 
@@ -114,7 +114,7 @@ def export_parameters(
     groups = split_by_bytes(tensors, max_file_bytes)
     weight_map = {}
     for number, group in enumerate(groups, start=1):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        name = file_name(number, len(groups))
         values = ((tensor.name, by_name[tensor.name].read(folder)) for tensor in group)
         with local_target(output / name) as path:
             write_tensors(path, group, values, header)

@@ -33,7 +33,7 @@ from unihetero_jax.hf_config import (
 from unihetero_jax.hf_weights import Table, language_table, their_tensors, their_values, vision_table
 from unihetero_jax.integrity import read_manifest
 from unihetero_jax.pretrained import with_leaves
-from unihetero_jax.safetensors_files import INDEX, NewTensor, split_by_bytes, write_tensors
+from unihetero_jax.safetensors_files import INDEX, NewTensor, file_name, split_by_bytes, write_tensors
 from unihetero_jax.storage import file_exists, list_folder, local_target, make_folder, read_bytes, to_path, write_bytes
 from unihetero_jax.workdir import write_atomically
 
@@ -231,7 +231,7 @@ def _write_weights(export: _Export, output: epath.Path, table: Table, max_file_b
     make_folder(output)
     weight_map = {}
     for number, group in enumerate(groups, start=1):
-        name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        name = file_name(number, len(groups))
         wanted = {tensor.name for tensor in group}
         values = their_values(table, export.read, export.abstract, dtype, wanted, vocabulary)
         with local_target(output / name) as path:

@@ -185,7 +185,7 @@ def load_parameters(source: Source, target: Params, new_tokens: range = range(0)
     loaded: Params = {}
     with concurrent.futures.ThreadPoolExecutor(_NUM_THREADS) as pool:
         for row in source.table.rows:
-            _set_leaf(loaded, row.ours, _load(source, row, leaf_of(target, row.ours), new_tokens, pool))
+            set_leaf(loaded, row.ours, _load(source, row, leaf_of(target, row.ours), new_tokens, pool))
     return loaded
 
 
@@ -388,7 +388,8 @@ def leaf_of(tree: Params, path: str) -> Any:
     return tree
 
 
-def _set_leaf(tree: Params, path: str, value: Any) -> None:
+def set_leaf(tree: Params, path: str, value: Any) -> None:
+    """Puts a leaf at a path; makes the branches to it."""
     *parents, last = path.split("/")
     for name in parents:
         tree = tree.setdefault(name, {})

@@ -11,7 +11,15 @@ import jax
 
 from unihetero_jax.config import Config, differences, to_dict
 from unihetero_jax.hf_config import LanguageModel, VisionModel, read_language_model, read_vision_encoder
-from unihetero_jax.hf_weights import Source, language_table, leaf_of, load_parameters, open_source, vision_table
+from unihetero_jax.hf_weights import (
+    Source,
+    language_table,
+    leaf_of,
+    load_parameters,
+    open_source,
+    set_leaf,
+    vision_table,
+)
 from unihetero_jax.model.unihetero import Params, init_params
 
 FETCHED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
@@ -151,9 +159,5 @@ def with_leaves(tree: Params, leaves: Mapping[str, Any]) -> Params:
     """A tree with more leaves, by path."""
     result = {name: with_leaves(value, {}) if isinstance(value, dict) else value for name, value in tree.items()}
     for path, value in leaves.items():
-        at = result
-        *parents, last = path.split("/")
-        for name in parents:
-            at = at.setdefault(name, {})
-        at[last] = value
+        set_leaf(result, path, value)
     return result

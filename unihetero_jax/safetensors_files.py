@@ -187,6 +187,11 @@ def write_tensors(
             raise ValueError(f"{path}: what was written reads otherwise; is the disk sound?")
 
 
+def file_name(number: int, count: int) -> str:
+    """Of the file so numbered, from 1, as Hugging Face's indices have it."""
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
 def split_by_bytes(tensors: Sequence[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
     """Tensors in order, as many to a file as fit; one that is larger than a file has its own."""
     groups, size = [[]], 0
