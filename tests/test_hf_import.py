@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from parity.golden import FOLDER, LANGUAGE_MODELS, VISION_ENCODERS
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -118,6 +119,14 @@ def test_all_meshes_load_the_same(tmp_path):
     split = load_run(str(eight), -1, 0, ["--config.mesh.fsdp=1", "--config.mesh.tensor=1"]).params
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(plain), jax.tree.leaves(split), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+def test_clip_reads_an_image_in_the_whole_model(tmp_path, capsys):
+    """Its class tokens stand behind the patches, whom the attention has to know."""
+    workdir, *_ = imported(tmp_path, "qwen3", "clip")
+    Image.new("RGB", (24, 24), "red").save(tmp_path / "red.png")
+    command = ["generate", f"--workdir={workdir}", "--prompt=what is", f"--image={tmp_path / 'red.png'}"]
+    assert main([*command, "--max-new-tokens=3"]) == 0, capsys.readouterr().err
 
 
 def test_layer_by_layer_loads_the_same(tmp_path, monkeypatch):
