@@ -4,16 +4,20 @@ A server process imports everything once and forks for each command; a child sta
 both sides: `ForkServer` in the tests, `main` in the server.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 STOPPED_FOR_S = 15.0
 """A process that stops itself (SIGSTOP) is killed after this time."""
@@ -73,6 +77,42 @@ class ForkServer:
         answer = self._process.stdout.readline()
         assert answer, "the server of processes ended; its error is above"
         return Finished(**json.loads(answer))
+
+
+def run_together(
+    servers: Sequence[ForkServer],
+    count: int,
+    command_of: Callable[[int], list[str]],
+    stops: Mapping[int, dict[str, Any]] | None = None,
+    missing: Collection[int] = (),
+) -> dict[int, Finished]:
+    """A command on `count` processes of one run with 4 / count devices each, all at once; how each of them ended."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    finished: dict[int, Finished] = {}
+
+    def one(process: int) -> None:
+        command = command_of(process)
+        if count > 1:
+            command += [f"--coordinator_address=localhost:{port}", f"--num_processes={count}"]
+            command += [f"--process_id={process}", "--startup_deadline=100"]
+        stop = {"kill_after_s": 400.0} | (stops or {}).get(process, {})
+        finished[process] = servers[process].run(command, devices=4 // count, **stop)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(one, [process for process in range(count) if process not in missing]))
+    return finished
+
+
+def codes(finished: Mapping[int, Finished]) -> dict[int, int]:
+    """Exit codes by process."""
+    return {process: end.code for process, end in finished.items()}
+
+
+def outputs(finished: Mapping[int, Finished]) -> str:
+    """What to say when it went wrong."""
+    return "\n".join(f"--- process {process}\n{end.output[-4000:]}" for process, end in finished.items())
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fork_server import ForkServer, codes, outputs, run_together
 from parity.golden import FOLDER, LANGUAGE_MODELS, VISION_ENCODERS
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -162,6 +163,40 @@ def test_training_starts_from_pretrained_models(tmp_path, tiny_experiment):
     other = from_config_dict(values)
     with pytest.raises(ValueError, match=r"model\.decoder\.mlp_dim: 32 -> 48"):
         train_module._init_from(other, step.init_state(other, make_mesh(other.mesh)))
+
+
+@pytest.mark.slow
+def test_two_processes_start_from_pretrained_models_as_one(tmp_path, repo_root):
+    """Each reads from the folders what its devices hold; the losses of the first steps are those of one process."""
+    workdir, language_folder, vision_folder = imported(tmp_path)
+    for number in range(8):
+        Image.new("RGB", (24, 24), (30 * number, 0, 99)).save(tmp_path / f"{number}.png")
+    talk = [{"from": "human", "value": "<image>\nwhat is it"}, {"from": "gpt", "value": "a colour"}]
+    records = [{"id": str(n), "image": f"{n}.png", "conversations": talk} for n in range(8)]
+    (tmp_path / "talk.json").write_text(json.dumps(records))
+    data = ["llava", f"--input={tmp_path / 'talk.json'}", f"--images={tmp_path}", "--licence=CC-BY-4.0",
+            f"--tokenizer={workdir / 'tokenizer'}", f"--output={tmp_path / 'data'}", "--patch-size=4",
+            "--min-patches=4", "--max-patches=36"]  # fmt: skip
+    assert convert.main(data) == 0
+
+    def command(run):
+        changes = {
+            "init_from.workdir": "", "init_from.components": (), "init_from.language_model": language_folder,
+            "init_from.vision_encoder": vision_folder, "data.sources.instructions.path": tmp_path / "data",
+            "train.num_steps": 2, "train.global_batch_rows": 4, "train.log_every_steps": 1, "mesh.data": 2,
+            "mesh.fsdp": 2, "data.row_tokens": 64, "data.row_patches": 64, "data.num_data_shards": 4,
+            "eval.batch_rows": 4, "train.eval_every_steps": 100, "eval.rollout_source": "",
+        }  # fmt: skip
+        return ["train", f"--config=experiments/finetune.py:{workdir}", f"--workdir={tmp_path / run}",
+                *(f"--config.{name}={value}" for name, value in changes.items())]  # fmt: skip
+
+    with ForkServer(repo_root) as first, ForkServer(repo_root) as second:
+        one = run_together([first], 1, lambda _: command("one"))
+        two = run_together([first, second], 2, lambda _: command("two"))
+    assert codes(one) | codes(two) == {0: 0, 1: 0}, outputs(one) + outputs(two)
+    assert f"decoder initialised from {language_folder}" in two[0].output
+    for ours, theirs in zip(read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
 def test_chat_template_stands_around_the_prompt(tmp_path, capsys):

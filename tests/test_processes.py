@@ -1,6 +1,5 @@
 """Real processes of one run, over `jax.distributed`: equal to one process, stopped together, and never silent."""
 
-import concurrent.futures
 import json
 import re
 import signal
@@ -8,7 +7,7 @@ import socket
 import threading
 
 import pytest
-from fork_server import ForkServer
+from fork_server import ForkServer, codes, outputs, run_together
 
 from unihetero_jax import distributed
 from unihetero_jax.checkpoint import list_steps
@@ -19,33 +18,10 @@ SIX_STEPS = {"train__num_steps": 6, "model__decoder__num_kv_heads": 2}
 """On a mesh of 2 x 2, whichever its axes are."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def servers(repo_root_of_module):
     with ForkServer(repo_root_of_module) as first, ForkServer(repo_root_of_module) as second:
         yield [first, second]
-
-
-def run_together(servers, count, command_of, stops=None, missing=()):
-    """A command on `count` processes of one run with 4 / count devices each, all at once; how each of them ended."""
-    port, finished = free_port(), {}
-
-    def one(process):
-        command = command_of(process)
-        if count > 1:
-            command += [f"--coordinator_address=localhost:{port}", f"--num_processes={count}"]
-            command += [f"--process_id={process}", "--startup_deadline=100"]
-        stop = {"kill_after_s": 400.0} | (stops or {}).get(process, {})
-        finished[process] = servers[process].run(command, devices=4 // count, **stop)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(pool.map(one, [process for process in range(count) if process not in missing]))
-    return finished
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +53,6 @@ def evaluate_on(servers):
 @pytest.fixture(scope="module")
 def repo_root_of_module(request):
     return request.config.rootpath
-
-
-def codes(finished):
-    return {process: end.code for process, end in finished.items()}
-
-
-def outputs(finished):
-    return "\n".join(f"--- process {process}\n{end.output[-4000:]}" for process, end in finished.items())
 
 
 def test_two_processes_are_one_and_stop_together(train_on, tmp_path):

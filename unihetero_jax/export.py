@@ -11,7 +11,7 @@ largest alone.
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -111,17 +111,39 @@ def export_parameters(
     }  # fmt: skip
     tensors = [NewTensor(array.name, array.shape, jnp.dtype(array.dtype)) for array in arrays]
     by_name = {array.name: array for array in arrays}
-    groups = split_by_bytes(tensors, max_file_bytes)
+
+    def values(wanted: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+        return ((name, by_name[name].read(folder)) for name in wanted)
+
+    return write_weights(output, split_by_bytes(tensors, max_file_bytes), values, header, report)
+
+
+def write_weights(
+    output: epath.Path,
+    groups: Sequence[Sequence[NewTensor]],
+    values: Callable[[Collection[str]], Iterable[tuple[str, np.ndarray]]],
+    header: Mapping[str, str],
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, str]:
+    """One file for each group, and an index if they are several; {tensor: file}.
+
+    Args:
+        output: folder.
+        groups: the tensors of each file.
+        values: gives the named tensors of a file, in any order.
+        header: of each file and of the index.
+        report: receives a line for each file.
+    """
     weight_map = {}
     for number, group in enumerate(groups, start=1):
         name = file_name(number, len(groups))
-        values = ((tensor.name, by_name[tensor.name].read(folder)) for tensor in group)
+        wanted = [tensor.name for tensor in group]
         with local_target(output / name) as path:
-            write_tensors(path, group, values, header)
-        weight_map |= {tensor.name: name for tensor in group}
+            write_tensors(path, group, values(wanted), header)
+        weight_map |= dict.fromkeys(wanted, name)
         report(f"{output / name}: {len(group)} arrays, {sum(tensor.num_bytes for tensor in group) / 1e6:,.1f} MB")
     if len(groups) > 1:  # last: an export without it was cut off
-        total = sum(tensor.num_bytes for tensor in tensors)
+        total = sum(tensor.num_bytes for group in groups for tensor in group)
         index = {"metadata": {"total_size": total, **header}, "weight_map": weight_map}
         write_atomically(output / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
     return weight_map

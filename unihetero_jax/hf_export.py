@@ -10,7 +10,7 @@ Each folder stands alone: config.json, weights, a model card (README.md).
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from etils import epath
 
 from unihetero_jax.checkpoint import read_metadata, valid_step
 from unihetero_jax.config import Config, from_config_dict
-from unihetero_jax.export import MAX_FILE_BYTES, StoredArray, choose_arrays, tokenizer_files
+from unihetero_jax.export import MAX_FILE_BYTES, StoredArray, choose_arrays, tokenizer_files, write_weights
 from unihetero_jax.hf_config import (
     LANGUAGE_CLASSES,
     VISION_CLASSES,
@@ -33,7 +33,7 @@ from unihetero_jax.hf_config import (
 from unihetero_jax.hf_weights import Table, language_table, their_tensors, their_values, vision_table
 from unihetero_jax.integrity import read_manifest
 from unihetero_jax.pretrained import with_leaves
-from unihetero_jax.safetensors_files import INDEX, NewTensor, file_name, split_by_bytes, write_tensors
+from unihetero_jax.safetensors_files import INDEX, NewTensor, split_by_bytes, write_tensors
 from unihetero_jax.storage import file_exists, list_folder, local_target, make_folder, read_bytes, to_path, write_bytes
 from unihetero_jax.workdir import write_atomically
 
@@ -229,17 +229,11 @@ def _write_weights(export: _Export, output: epath.Path, table: Table, max_file_b
     dtype = np.dtype(jnp.dtype(export.dtype))
     groups = split_by_bytes(their_tensors(table, export.abstract, dtype, vocabulary), max_file_bytes)
     make_folder(output)
-    weight_map = {}
-    for number, group in enumerate(groups, start=1):
-        name = file_name(number, len(groups))
-        wanted = {tensor.name for tensor in group}
-        values = their_values(table, export.read, export.abstract, dtype, wanted, vocabulary)
-        with local_target(output / name) as path:
-            write_tensors(path, group, values, {"format": "pt", **export.facts})
-        weight_map |= dict.fromkeys(wanted, name)
-    if len(groups) > 1:  # last: an export without it was cut off
-        total = sum(tensor.num_bytes for group in groups for tensor in group)
-        _write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    def values(wanted: Collection[str]) -> Iterator[tuple[str, np.ndarray]]:
+        return their_values(table, export.read, export.abstract, dtype, wanted, vocabulary)
+
+    write_weights(output, groups, values, {"format": "pt", **export.facts})
 
 
 def _original_config(originals: epath.Path | None, component: str, family: str) -> dict[str, Any]:
