@@ -86,8 +86,10 @@ class StoredTensor:
 
 def _apart_in_cache(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Memory whose rows lie no power of two apart: a column of it fits a cache, a transpose takes a third as long."""
-    padding = _CACHE_LINE_BYTES // dtype.itemsize if len(shape) > 1 else 0
-    return np.empty((*shape[:-1], shape[-1] + padding), dtype)[..., : shape[-1]]
+    if len(shape) < 2:
+        return np.empty(shape, dtype)
+    *outer, length = shape
+    return np.empty((*outer, length + _CACHE_LINE_BYTES // dtype.itemsize), dtype)[..., :length]
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
