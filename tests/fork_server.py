@@ -79,6 +79,13 @@ class ForkServer:
         return Finished(**json.loads(answer))
 
 
+def free_port() -> int:
+    """Of this machine, that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
 def run_together(
     servers: Sequence[ForkServer],
     count: int,
@@ -87,9 +94,7 @@ def run_together(
     missing: Collection[int] = (),
 ) -> dict[int, Finished]:
     """A command on `count` processes of one run with 4 / count devices each, all at once; how each of them ended."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     finished: dict[int, Finished] = {}
 
     def one(process: int) -> None:

@@ -7,7 +7,7 @@ import socket
 import threading
 
 import pytest
-from fork_server import ForkServer, codes, outputs, run_together
+from fork_server import ForkServer, codes, free_port, outputs, run_together
 
 from unihetero_jax import distributed
 from unihetero_jax.checkpoint import list_steps
