@@ -26,7 +26,7 @@ from data_pipelines.scenes import Level, caption, encode_png, make_scene, render
 from experiments import quickstart
 from unihetero_jax.checkpoint import Checkpointer
 from unihetero_jax.cli import load_run, make_log_probs, run_training
-from unihetero_jax.config import Config, from_config_dict
+from unihetero_jax.config import Config, from_config_dict, visual_target
 from unihetero_jax.data.question_files import StoredImage
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import Item
@@ -118,7 +118,7 @@ def summarise(config: Config, workdir: Path, wall_s: float) -> dict[str, Any]:
         "objective": config.objective,
         "accuracy": accuracy("scenes"),
         "accuracy_heldout": accuracy("scenes_heldout"),
-        "rollout": None if config.objective == "understanding" else result("rollout"),
+        "rollout": result("rollout") if visual_target(config.objective) else None,
         "wall_s": round(wall_s, 1),
         "peak_rss_gib": max(
             round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3), _earlier_peak(workdir)

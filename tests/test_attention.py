@@ -194,7 +194,7 @@ def test_splash_forms_no_mask(backend):
     params, batch = small.params_of(), small.mixed_batch(0, 1, "repeated_prefix", 640, 640)
 
     def loss(params):
-        counts = count_targets(batch)
+        counts = count_targets(config, batch)
         return step.loss_terms(config, params, {}, batch, jnp.float32(1), counts).loss
 
     pairs = {s for s in shapes_in(jax.make_jaxpr(jax.grad(loss))(params).jaxpr) if sum(n >= 640 for n in s) > 1}
@@ -225,7 +225,7 @@ def losses(config, batch):
     def total(params):
         model = unihetero.build(config.model, config.objective, params)
         output = model(batch, config.loss.cut_input_gradient)
-        result = compute_loss(config, output, batch, output.vision, jnp.float32(1), count_targets(batch))
+        result = compute_loss(config, output, batch, output.vision, jnp.float32(1), count_targets(config, batch))
         return result.loss, (result, output)
 
     (_, (result, output)), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(params)

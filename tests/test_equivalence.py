@@ -81,14 +81,14 @@ def test_rollout_equals_feeding_predictions_back_by_hand(objective):
     prompt = PackedSample([small.tokens(rng, 4), TokenPiece([small.BOI])])
     batch = small.batch_of([[prompt]], row_tokens=5, row_patches=4)
     batch = dataclasses.replace(batch, boi_grid=batch.boi_grid.at[0, 4].set(jnp.array([1, num_tokens])))
-    rolled = rollout(config, params, batch, num_tokens)[0]
+    rolled = rollout(config, params, batch, num_tokens, jax.random.key(0))[0]
     model = build(config.model, objective, params)
     x = model.decoder.embed(batch.tokens, batch.boi_grid, model.dtype)
     for position in range(num_tokens):
         length = x.shape[1]
         mask = jnp.tril(jnp.ones((1, length, length), bool))
         hidden = model.decoder(x, jnp.arange(length)[None], functools.partial(attend, mask=mask))
-        predicted = model.predict_embedding(hidden[:, -1])
+        predicted = model.predict_embedding(hidden[:, -1], jax.random.key(0))
         np.testing.assert_allclose(rolled[position], predicted[0], atol=1e-5)
         x = jnp.concatenate([x, predicted[:, None]], axis=1)
 

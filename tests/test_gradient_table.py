@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 
 import jax
 import pytest
@@ -9,21 +10,29 @@ from conftest import make_tiny_config
 
 from unihetero_jax import gradient_table, step
 from unihetero_jax.arrays import LossOutput
+from unihetero_jax.config import Objective
+
+FLOW = {"model__semantic_head__kind": "flow", "loss__visual_loss": "mse"}
 
 
-@pytest.mark.parametrize("objective", ["understanding", "semantic_input", "semantic_encoder"])
+@pytest.mark.parametrize("objective", typing.get_args(Objective))
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"loss__cut_input_gradient": True}, {"optimizer__frozen": ("encoder",), "loss__target": "stop_gradient"}],
-)
+    [{}, {"loss__cut_input_gradient": True}, {"optimizer__frozen": ("encoder",), "loss__target": "stop_gradient"},
+     FLOW | {"model__semantic_head__standardise_targets": True}],
+)  # fmt: skip
 def test_the_table_holds(tmp_path, objective, changes):
     config = make_tiny_config(objective=objective, **changes)
     norms = gradient_table.prove(config, step.loss_terms, tmp_path, report=lambda _: None)
     assert norms["text"]["decoder"] > 0
-    assert (norms["text"]["encoder"] > 0) == ("encoder" not in config.optimizer.frozen)
-    if objective != "understanding":
-        assert norms["visual"]["semantic_head"] > 0
-        assert (norms["visual"]["projector"] > 0) == (not config.loss.cut_input_gradient)
+    cut = objective == "generation" and config.loss.cut_input_gradient  # its text is that of the cut samples
+    assert (norms["text"]["encoder"] > 0) == ("encoder" not in config.optimizer.frozen and not cut)
+    for loss in norms.keys() - {"text"}:
+        own = {"visual": "semantic_head", "pixel": "pixel_decoder"}[loss]
+        assert norms[loss][own] > 0
+        through_inputs = loss == "visual" or objective == "pixel_through"
+        assert (norms[loss]["decoder"] > 0) == through_inputs
+        assert (norms[loss]["projector"] > 0) == (through_inputs and not config.loss.cut_input_gradient)
 
 
 def test_a_proof_is_kept_for_its_configuration_only(tmp_path):

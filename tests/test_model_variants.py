@@ -43,7 +43,7 @@ def by_dtype():
 
         def loss(params, config=config):
             output = unihetero.build(config.model, config.objective, params)(batch)
-            losses = compute_loss(config, output, batch, output.vision, jnp.float32(0.5), count_targets(batch))
+            losses = compute_loss(config, output, batch, output.vision, jnp.float32(0.5), count_targets(config, batch))
             return losses.loss, (output, losses)
 
         compiled = jax.jit(jax.grad(loss, has_aux=True))
@@ -123,7 +123,7 @@ def test_generation_and_rollout_carry_bfloat16_through_their_loops(objective):
         lambda params: decode(config, params, batch, jax.random.key(0), 5, small.EOS, (), GREEDY), shapes_of(config)
     )
     assert (tokens.shape, tokens.dtype, log_probs.dtype) == ((1, 5), jnp.int32, jnp.float32)
-    rolled = jax.eval_shape(lambda params: rollout(config, params, batch, 3), shapes_of(config))
+    rolled = jax.eval_shape(lambda params: rollout(config, params, batch, 3, jax.random.key(0)), shapes_of(config))
     assert (rolled.shape, rolled.dtype) == ((1, 3, 32), jnp.bfloat16)
 
 

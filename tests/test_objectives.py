@@ -156,7 +156,7 @@ def test_total_terms_and_baselines(objective):
     )
     output = small.forward(objective)(small.params_of(objective), batch)
     weight = jnp.float32(0.25)
-    losses = compute_loss(config, output, batch, output.vision, weight, count_targets(batch))
+    losses = compute_loss(config, output, batch, output.vision, weight, count_targets(config, batch))
     z = np.asarray(output.vision.merged if objective == "semantic_encoder" else output.vision.visual_embeddings)
     predicted, tokens = np.asarray(output.predicted_embeddings), np.asarray(batch.tokens)
     logits = log_softmax(np.asarray(output.hidden) @ np.asarray(output.unembedding).T)
@@ -186,7 +186,7 @@ def test_text_loss_by_source_adds_up():
     batch = small.mixed_batch(0, 2)
     batch = dataclasses.replace(batch, source_ids=jnp.where(batch.segment_ids == 3, 1, 0))
     output = small.forward()(small.params_of(), batch)
-    losses = compute_loss(config, output, batch, output.vision, jnp.float32(0.0), count_targets(batch))
+    losses = compute_loss(config, output, batch, output.vision, jnp.float32(0.0), count_targets(config, batch))
     np.testing.assert_allclose(losses.sums["text_by_source"].sum(), losses.sums["text"], rtol=1e-5)
     mask = np.asarray(batch.text_loss_mask)
     second = np.asarray(batch.segment_ids) == 3

@@ -317,6 +317,9 @@ def test_targets_follow_the_role(tokenizer):
     assert shown == "-q -boi -v -eoi -eos" and row["visual_loss_mask"].sum() == 1
     shown, row = targets(pair, tokenizer, Role(order="text_first", visual_loss="none"))
     assert shown == "-q +boi -v +eoi +eos" and not row["visual_loss_mask"].any()
+    silent = (TextSegment("q", False), image(8, 8))
+    assert targets(silent, tokenizer, Role(order="captioned"))[0] == "-boi -v -eoi +q +eos"
+    assert targets(RECORDS["turns"], tokenizer, Role(order="captioned"))[0] == targets(RECORDS["turns"], tokenizer)[0]
     shown, row = targets((image(8, 8),), tokenizer, Role(visual_loss="all"))  # an image alone has no text to train
     assert shown == "-boi -v -eoi -eos" and row["visual_loss_mask"].sum() == 1
 

@@ -89,7 +89,7 @@ def visual_gradient(config, params, batch, *, cut=False):
     def loss(params):
         model = build(config.model, config.objective, params)
         output = model(batch, cut)
-        weight, counts = jnp.float32(1.0), count_targets(batch)
+        weight, counts = jnp.float32(1.0), count_targets(config, batch)
         return compute_loss(config, output, batch, output.vision, weight, counts).sums["visual"]
 
     return jax.jit(jax.grad(loss))(params)
@@ -102,7 +102,7 @@ def test_the_target_is_stopped_and_removing_that_changes_the_gradient(monkeypatc
     cut = visual_gradient(config, params, batch, cut=True)
     assert norm(cut["encoder"]) == 0 and norm(cut["projector"]) == 0  # neither inputs nor targets carry gradient
     assert norm(visual_gradient(config, params, batch)["encoder"]) > 0  # without the cut, the inputs do
-    monkeypatch.setattr(objectives, "target_space", lambda _, vision: vision.visual_embeddings)
+    monkeypatch.setattr(objectives, "target_space", lambda _, vision, batch: vision.visual_embeddings)
     assert norm(visual_gradient(config, params, batch, cut=True)["encoder"]) > 0  # the missing stop is seen
 
 
@@ -119,7 +119,7 @@ def test_every_generated_image_token_is_a_target_predicted_from_its_predecessor(
 def test_the_visual_loss_reads_the_position_before_the_target():
     config, batch = make_tiny_config(), small.mixed_batch(0, 1)
     output = small.forward()(small.params_of(), batch)
-    weight, counts = jnp.float32(1.0), count_targets(batch)
+    weight, counts = jnp.float32(1.0), count_targets(config, batch)
 
     def visual(predicted):
         return compute_loss(
@@ -139,7 +139,7 @@ def test_ema_target_takes_encoder_and_projector_from_the_average():
     params, batch = small.params_of(), small.mixed_batch(0, 1)
     other = small.params_of(seed=1)
     ema = {name: other[name] for name in ("encoder", "projector")}
-    weight, counts = jnp.float32(1.0), count_targets(batch)
+    weight, counts = jnp.float32(1.0), count_targets(config, batch)
     online = step.loss_terms(config, params, {}, batch, weight, counts).sums["visual"]
     averaged = step.loss_terms(config, params, ema, batch, weight, counts).sums["visual"]
     output = small.forward()(params, batch)
@@ -159,7 +159,9 @@ def test_what_a_rollout_feeds_back_does_not_depend_on_the_heads_scale(objective,
         "down": {name: scale * value for name, value in down.items()}}}}  # fmt: skip
     hidden = jnp.asarray(np.random.default_rng(3).standard_normal((5, 32)), jnp.float32)
     config = make_tiny_config(objective=objective)
-    fed_back, other = (build(config.model, objective, each).predict_embedding(hidden) for each in (params, scaled))
+    fed_back, other = (
+        build(config.model, objective, each).predict_embedding(hidden, jax.random.key(0)) for each in (params, scaled)
+    )
     np.testing.assert_allclose(fed_back, other, rtol=2e-4, atol=1e-5)
     true = small.forward(objective)(params, small.mixed_batch()).vision.visual_embeddings
     assert 0.3 < float(jnp.std(fed_back) / jnp.std(true)) < 3, "and it is that of true embeddings"

@@ -12,6 +12,7 @@ Shape alphabet (used by every annotation of this project):
     d  values of one head              Z  width of the visual target space
     M  width of merged features, 4E    I  images of a row
     s  side of the position table      i, o  widths before and after a linear map
+    C  width of a pixel decoder's condition
 """
 
 import dataclasses
@@ -107,10 +108,37 @@ class VisionOutput:
     Attributes:
         merged: encoder output with the four patches of a block concatenated (the encoder-side target space).
         visual_embeddings: `z`, the language model's own input embedding of each visual token.
+        patch_embeddings: what the encoder's blocks read of the pixels, without positions, concatenated alike.
     """
 
     merged: Float[Array, "B U 4*E"]
     visual_embeddings: Float[Array, "B U D"]
+    patch_embeddings: Float[Array, "B U 4*E"]
+
+
+@pytree_dataclass
+class TargetStatistics:
+    """Running mean and standard deviation of the visual targets, per dimension."""
+
+    mean: Float[Array, "Z"]
+    deviation: Float[Array, "Z"]
+
+
+@pytree_dataclass
+class Flow:
+    """What flow matching compares: velocities at points between data and noise.
+
+    Attributes:
+        noisy: `y_tau = (1 - tau) y_0 + tau eps`.
+        tau: share of noise.
+        velocity: `eps - y_0`.
+        mask: which of them are targets.
+    """
+
+    noisy: Float[Array, "B S Z"]
+    tau: Float[Array, "B S"]
+    velocity: Float[Array, "B S Z"]
+    mask: Bool[Array, "B S"]
 
 
 @pytree_dataclass
@@ -124,6 +152,7 @@ class ModelOutput:
         predicted_embeddings: semantic head's prediction *of the next position* from each position, or None when
             the objective has no visual target.
         unembedding: matrix that turns hidden states into logits.
+        target_statistics: by which the targets are standardised (`TargetStatistics`), or None where they are not.
     """
 
     hidden: Float[Array, "B T D"]
@@ -131,6 +160,7 @@ class ModelOutput:
     vision: VisionOutput
     predicted_embeddings: Any
     unembedding: Float[Array, "V D"]
+    target_statistics: Any = None
 
 
 @pytree_dataclass

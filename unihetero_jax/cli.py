@@ -27,7 +27,7 @@ from unihetero_jax import compile_ahead, data_stats, distributed, explain, expor
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import SaveError, list_steps, read_metadata, restore_subtree, valid_step
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
-from unihetero_jax.config import Config, config_hash
+from unihetero_jax.config import Config, config_hash, visual_target
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import RecordError, format_prompt, probe_image
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -506,7 +506,7 @@ def _check_evaluation(config: Config) -> None:
 
 
 def _rolls_out(config: Config) -> bool:
-    return config.objective != "understanding" and bool(config.eval.rollout_source)
+    return visual_target(config.objective) is not None and bool(config.eval.rollout_source)
 
 
 def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -> dict[str, Any]:

@@ -17,8 +17,26 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-Objective = Literal["understanding", "semantic_input", "semantic_encoder"]
-Component = Literal["encoder", "projector", "decoder", "semantic_head"]
+Objective = Literal[
+    "understanding", "understanding_i2t", "semantic_input", "semantic_encoder", "patch", "pixels", "random",
+    "pixel_through", "pixel_detached", "generation", "unihetero",
+]  # fmt: skip
+"""See `objectives.GRADIENT_TABLE`."""
+VisualTarget = Literal["input", "encoder", "patch", "pixels", "random"]
+"""What the visual loss predicts: the input embedding, the encoder's output, the raw patch embedding, the normalised
+pixels, or the output of a frozen random encoder."""
+PixelRole = Literal["through", "detached", "renderer"]
+"""What the pixel decoder is conditioned on: hidden states, hidden states without gradient, or visual embeddings."""
+VISUAL_TARGETS: Mapping[Objective, VisualTarget] = {
+    "semantic_input": "input", "generation": "input", "unihetero": "input", "semantic_encoder": "encoder",
+    "patch": "patch", "pixels": "pixels", "random": "random",
+}  # fmt: skip
+"""Of the objectives that have a visual loss."""
+PIXEL_ROLES: Mapping[Objective, PixelRole] = {
+    "pixel_through": "through", "pixel_detached": "detached", "unihetero": "renderer",
+}  # fmt: skip
+"""Of the objectives that have a pixel decoder."""
+Component = Literal["encoder", "projector", "decoder", "semantic_head", "pixel_decoder"]
 Remat = Literal["none", "dots", "full"]
 Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "dense", "jax_nn", "splash"]
@@ -127,9 +145,39 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SemanticHeadConfig:
-    """Generation Head: an MLP of one hidden layer from a hidden state to the next embedding."""
+    """Generation Head: an MLP of one hidden layer from a hidden state to the next embedding.
+
+    Attributes:
+        hidden_dim: of the regression head. A flow head has as many weights, so fewer hidden units.
+        kind: `regression`, or `flow`: it draws the embedding from noise by flow matching, given the hidden state
+            (as MAR's diffusion loss, arXiv 2406.11838).
+        flow_steps: Euler steps of a draw.
+        standardise_targets: targets are standardised per dimension by running statistics, so that targets of different
+            spaces weigh their dimensions alike.
+        statistics_decay: of those statistics.
+    """
 
     hidden_dim: int
+    kind: Literal["regression", "flow"] = "regression"
+    flow_steps: int = 16
+    standardise_targets: bool = False
+    statistics_decay: float = 0.99
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelDecoderConfig:
+    """Pixel decoder: a flow-matching transformer over patches, given one condition for each visual token.
+
+    Attributes:
+        num_layers, dim, num_heads, mlp_dim: of its blocks.
+        condition_dropout: share of images whose condition is left out, for classifier-free guidance (arXiv 2207.12598).
+    """
+
+    num_layers: int = 4
+    dim: int = 128
+    num_heads: int = 4
+    mlp_dim: int = 512
+    condition_dropout: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +195,7 @@ class ModelConfig:
     semantic_head: SemanticHeadConfig
     compute_dtype: Literal["float32", "bfloat16"]
     attention_backend: AttentionBackend = "auto"
+    pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,6 +214,10 @@ class LossConfig:
         cut_input_gradient: stops every loss's gradient at the visual *inputs* of samples with an image that carries the
             visual loss; encoder and projector then learn from the text of the other samples.
         visual_loss_on: images that come after text (`generated`), or all.
+        target_shift: 1: the next position's target is predicted; 0: the position's own, which is supervision without
+            generation (a control).
+        target_shuffled: targets are those of another image of the batch (a control).
+        pixel_weight: mu, of the pixel decoder's loss.
         text_chunk: supervised positions of a device's rows whose logits exist at one time; bounds their memory.
     """
 
@@ -178,6 +231,9 @@ class LossConfig:
     cut_input_gradient: bool
     visual_loss_on: Literal["generated", "all"]
     text_chunk: int
+    target_shift: int = 1
+    target_shuffled: bool = False
+    pixel_weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +255,7 @@ class OptimizerConfig:
     decoder_lr: float
     semantic_head_lr: float
     frozen: tuple[Component, ...]
+    pixel_decoder_lr: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,6 +501,52 @@ def config_hash(config: Config) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
+def visual_target(objective: Objective) -> VisualTarget | None:
+    """What the objective's visual loss predicts; None without one."""
+    return VISUAL_TARGETS.get(objective)
+
+
+def target_dim(model: ModelConfig, objective: Objective) -> int:
+    """Width of the space that the Generation Head predicts in; 0 without a visual target."""
+    match visual_target(objective):
+        case None:
+            return 0
+        case "input":
+            return model.decoder.dim
+        case "encoder" | "patch" | "random":
+            return MERGED_PATCHES * model.encoder.dim
+        case "pixels":
+            return MERGED_PATCHES * patch_values(model.encoder)
+
+
+def head_widths(config: SemanticHeadConfig, dim: int, target_dim: int) -> tuple[int, int]:
+    """Width of the Generation Head's input and of its hidden layer: heads of both kinds have equally many weights."""
+    if config.kind == "regression":
+        return dim, config.hidden_dim
+    in_dim = dim + target_dim + 1
+    return in_dim, max(round(config.hidden_dim * (dim + target_dim) / (in_dim + target_dim)), 1)
+
+
+def patch_values(encoder: EncoderConfig) -> int:
+    """Values of a patch: its pixels in three channels."""
+    return 3 * encoder.patch_size**2
+
+
+def pixel_role(objective: Objective) -> PixelRole | None:
+    """What the objective's pixel decoder is for; None without one."""
+    return PIXEL_ROLES.get(objective)
+
+
+def components_of(objective: Objective) -> tuple[Component, ...]:
+    """The components that a model of this objective has."""
+    components: list[Component] = ["encoder", "projector", "decoder"]
+    if visual_target(objective):
+        components.append("semantic_head")
+    if pixel_role(objective):
+        components.append("pixel_decoder")
+    return tuple(components)
+
+
 def visual_loss_of(config: Config, source: str) -> Literal["generated", "all", "none"]:
     """Which images of a source may carry the visual loss."""
     own = config.data.sources[source].visual_loss
@@ -579,11 +682,13 @@ def _validate_model(model: ModelConfig) -> list[str]:
             "model.encoder.class_token sees the whole image: set model.encoder.attention=bidirectional",
         ),
         *_rope_rules(decoder),
+        *_head_rules(model),
     ]
     positive = {
         "model.encoder": (encoder, ("num_layers", "dim", "num_heads", "mlp_dim", "patch_size", "position_grid")),
         "model.projector": (model.projector, ("hidden_dim",)),
-        "model.semantic_head": (model.semantic_head, ("hidden_dim",)),
+        "model.semantic_head": (model.semantic_head, ("hidden_dim", "flow_steps")),
+        "model.pixel_decoder": (model.pixel_decoder, ("num_layers", "dim", "num_heads", "mlp_dim")),
         "model.decoder": (
             decoder,
             (
@@ -601,6 +706,24 @@ def _validate_model(model: ModelConfig) -> list[str]:
         ),
     }
     return _broken(rules) + _not_positive(positive)
+
+
+def _head_rules(model: ModelConfig) -> list[tuple[bool, str]]:
+    head, pixels = model.semantic_head, model.pixel_decoder
+    return [
+        (
+            0 < head.statistics_decay < 1,
+            f"model.semantic_head.statistics_decay {head.statistics_decay} must lie in (0, 1)",
+        ),
+        (
+            pixels.dim % max(pixels.num_heads, 1) == 0,
+            f"model.pixel_decoder.dim {pixels.dim} must be a multiple of num_heads {pixels.num_heads}",
+        ),
+        (
+            0 <= pixels.condition_dropout < 1,
+            f"model.pixel_decoder.condition_dropout {pixels.condition_dropout} must lie in [0, 1)",
+        ),
+    ]
 
 
 def _rope_rules(decoder: DecoderConfig) -> list[tuple[bool, str]]:
@@ -705,14 +828,16 @@ def _validate_optimization(optimizer: OptimizerConfig, loss: LossConfig) -> list
         (optimizer.warmup_steps >= 0, f"optimizer.warmup_steps {optimizer.warmup_steps} must not be negative"),
         (optimizer.weight_decay >= 0, f"optimizer.weight_decay {optimizer.weight_decay} must not be negative"),
         (
-            min(optimizer.encoder_lr, optimizer.projector_lr, optimizer.decoder_lr, optimizer.semantic_head_lr) >= 0,
-            "optimizer.encoder_lr, projector_lr, decoder_lr and semantic_head_lr must not be negative",
+            min(getattr(optimizer, f"{name}_lr") for name in COMPONENTS) >= 0,
+            f"optimizer.{', '.join(f'{name}_lr' for name in COMPONENTS)} must not be negative",
         ),
         (0 <= loss.ema_decay < 1, f"loss.ema_decay {loss.ema_decay} must lie in [0, 1)"),
         (
             loss.visual_weight >= 0 and loss.visual_weight_start >= 0,
             "loss.visual_weight and visual_weight_start must not be negative",
         ),
+        (loss.target_shift in (0, 1), f"loss.target_shift {loss.target_shift} must be 1 (next position) or 0 (own)"),
+        (loss.pixel_weight >= 0, f"loss.pixel_weight {loss.pixel_weight} must not be negative"),
         (loss.visual_ramp_steps >= 0, f"loss.visual_ramp_steps {loss.visual_ramp_steps} must not be negative"),
         (
             not (loss.visual_loss == "cosine" and loss.target_norm == "l2"),
@@ -745,17 +870,7 @@ def _validate_run(config: Config) -> list[str]:
             and not (init_from.vision_encoder and "encoder" in init_from.components),
             "init_from: language_model and components=decoder (vision_encoder and encoder) exclude each other",
         ),
-        (
-            config.objective != "understanding" or "semantic_head" not in init_from.components,
-            "init_from.components names semantic_head, which objective=understanding does not have",
-        ),
-        (
-            set(COMPONENTS)
-            - set(config.optimizer.frozen)
-            - ({"semantic_head"} if config.objective == "understanding" else set())
-            != set(),
-            "optimizer.frozen freezes every component: nothing would train",
-        ),
+        *_objective_rules(config),
         (
             train.num_replicates == 1 or config.mesh.fsdp == config.mesh.tensor == config.mesh.context == 1,
             "train.num_replicates > 1 shards replicates over mesh.data alone: set mesh.fsdp, tensor and context to 1",
@@ -787,7 +902,7 @@ def _validate_run(config: Config) -> list[str]:
             f"{', '.join(config.data.sources)}",
         ),
         (
-            not config.eval.rollout_source or loss.target_norm != "layer_norm" or config.objective == "understanding",
+            not config.eval.rollout_source or loss.target_norm != "layer_norm" or not visual_target(config.objective),
             "loss.target_norm=layer_norm predicts embeddings without their mean, which cannot be fed back; "
             "set eval.rollout_source= (empty), or loss.target_norm to none or l2",
         ),
@@ -810,6 +925,35 @@ def _validate_run(config: Config) -> list[str]:
         "mesh": (config.mesh, ("data", "fsdp", "tensor", "context", "num_slices")),
     }
     return _broken(rules) + _not_positive(positive)
+
+
+def _objective_rules(config: Config) -> list[tuple[bool, str]]:
+    objective, loss, head = config.objective, config.loss, config.model.semantic_head
+    absent = [name for name in config.init_from.components if name not in components_of(objective)]
+    return [
+        (not absent, f"init_from.components names {', '.join(absent)}, which objective={objective} does not have"),
+        (
+            bool(set(components_of(objective)) - set(config.optimizer.frozen)),
+            "optimizer.frozen freezes every component: nothing would train",
+        ),
+        (
+            not loss.target_shuffled or config.train.accumulation_steps == 1,
+            "loss.target_shuffled takes targets from other images of the batch, which train.accumulation_steps > 1 "
+            "cuts in parts; set it to 1",
+        ),
+        (
+            head.kind == "regression" or (loss.visual_loss == "mse" and loss.target_norm == "none"),
+            "model.semantic_head.kind=flow predicts velocities: set loss.visual_loss=mse and loss.target_norm=none",
+        ),
+        (
+            not head.standardise_targets or loss.target_norm == "none",
+            "model.semantic_head.standardise_targets normalises already; set loss.target_norm=none",
+        ),
+        (
+            not config.eval.rollout_source or visual_target(objective) not in ("patch", "pixels", "random"),
+            f"objective={objective} predicts what cannot be fed back as an input; set eval.rollout_source= (empty)",
+        ),
+    ]
 
 
 def _validate_mesh(config: Config) -> list[str]:
@@ -861,6 +1005,7 @@ def _validate_mesh(config: Config) -> list[str]:
         ("decoder.mlp_dim", model.decoder.mlp_dim),
         ("projector.hidden_dim", model.projector.hidden_dim),
         ("semantic_head.hidden_dim", model.semantic_head.hidden_dim),
+        ("pixel_decoder.mlp_dim", model.pixel_decoder.mlp_dim),
     ):
         rules.append(
             (width % mesh.tensor == 0, f"model.{name} {width} must be a multiple of mesh.tensor {mesh.tensor}")

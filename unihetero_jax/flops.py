@@ -15,9 +15,20 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from unihetero_jax.config import MERGED_PATCHES, Config, DecoderConfig, EncoderConfig, ModelConfig, Objective
-
-PATCH_CHANNELS = 3
+from unihetero_jax.config import (
+    COMPONENTS,
+    MERGED_PATCHES,
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    Objective,
+    head_widths,
+    patch_values,
+    pixel_role,
+    target_dim,
+    visual_target,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +131,8 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
         work: of the whole batch.
 
     Returns:
-        {"encoder", "projector", "decoder", "lm_head", "semantic_head", "ema_target", "total"}. Zero for parts that the
-        objective does not have. With replicates, those of one.
+        {"encoder", "projector", "decoder", "lm_head", "semantic_head", "pixel_decoder", "ema_target", "total"}. Zero
+        for parts that the objective does not have. With replicates, those of one.
     """
     model, frozen = config.model, config.optimizer.frozen
     visual_tokens = work.patches / MERGED_PATCHES
@@ -133,7 +144,7 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
     decoder_attention = 4 * work.token_pairs * heads_dim * model.decoder.num_layers
     lm_head = 2 * work.targets * model.decoder.dim * model.decoder.vocab_size
 
-    trains = {name: name not in frozen for name in ("encoder", "projector", "decoder", "semantic_head")}
+    trains = {name: name not in frozen for name in COMPONENTS}
     below_projector = trains["encoder"]
     below_decoder = trains["encoder"] or trains["projector"]
     below_heads = below_decoder or trains["decoder"]
@@ -146,17 +157,25 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
         # Tied or not, the unembedding belongs to the decoder.
         "lm_head": _step(lm_head, trains["decoder"], below_heads),
         "semantic_head": 0.0,
+        "pixel_decoder": 0.0,
         "ema_target": 0.0,
     }
-    if config.objective != "understanding":
+    target = visual_target(config.objective)
+    if target:
         head = 2 * work.tokens * _semantic_head_weights(model, config.objective)
         flops["semantic_head"] = _step(head, trains["semantic_head"], below_heads)
-    if config.objective != "understanding" and config.loss.target == "ema":
-        # A frozen component equals its own average: the online output serves, unless its input differs.
-        if trains["encoder"]:
-            flops["ema_target"] += encoder_dense + encoder_attention
-        if config.objective == "semantic_input" and (trains["encoder"] or trains["projector"]):
-            flops["ema_target"] += projector
+    if pixel_role(config.objective):
+        drawn = _pixel_decoder_flops(config, work)
+        below_pixels = below_heads and pixel_role(config.objective) == "through"
+        flops["pixel_decoder"] = _step(drawn, trains["pixel_decoder"], below_pixels)
+    has_average = config.loss.target == "ema"
+    # A frozen component equals its own average: the online output serves, unless its input differs.
+    if target == "random" or (target in ("input", "encoder") and has_average and trains["encoder"]):
+        flops["ema_target"] += encoder_dense + encoder_attention
+    if target == "input" and has_average and (trains["encoder"] or trains["projector"]):
+        flops["ema_target"] += projector
+    if target == "patch" and has_average and trains["encoder"]:
+        flops["ema_target"] += 2 * work.patches * patch_values(model.encoder) * model.encoder.dim
     flops = {name: float(value) for name, value in flops.items()}
     return flops | {"total": sum(flops.values())}
 
@@ -168,9 +187,13 @@ def parameter_counts(model: ModelConfig, objective: Objective) -> dict[str, int]
         "projector": _projector_weights(model) + model.projector.hidden_dim + 2 * model.decoder.dim,
         "decoder": _decoder_parameters(model.decoder),
     }
-    if objective != "understanding":
-        biases = model.semantic_head.hidden_dim + _target_dim(model, objective)
-        counts["semantic_head"] = _semantic_head_weights(model, objective) + biases
+    if visual_target(objective):
+        width = target_dim(model, objective)
+        _, hidden = head_widths(model.semantic_head, model.decoder.dim, width)
+        statistics = 2 * width if model.semantic_head.standardise_targets else 0
+        counts["semantic_head"] = _semantic_head_weights(model, objective) + hidden + width + statistics
+    if pixel_role(objective):
+        counts["pixel_decoder"] = _pixel_decoder_parameters(model)
     return counts | {"total": sum(counts.values())}
 
 
@@ -185,7 +208,7 @@ def _step_attention(forward: float, gradient_flows_through: bool) -> float:
 
 
 def _encoder_weights(encoder: EncoderConfig) -> int:
-    patch = encoder.patch_size**2 * PATCH_CHANNELS * encoder.dim
+    patch = patch_values(encoder) * encoder.dim
     block = 4 * encoder.dim**2 + 2 * encoder.dim * encoder.mlp_dim
     return patch + encoder.num_layers * block
 
@@ -222,13 +245,37 @@ def _decoder_parameters(decoder: DecoderConfig) -> int:
     return embeddings + grids + _decoder_weights(decoder) + decoder.num_layers * block_rest + decoder.dim
 
 
-def _target_dim(model: ModelConfig, objective: Objective) -> int:
-    return model.decoder.dim if objective == "semantic_input" else MERGED_PATCHES * model.encoder.dim
-
-
 def _semantic_head_weights(model: ModelConfig, objective: Objective) -> int:
-    hidden = model.semantic_head.hidden_dim
-    return model.decoder.dim * hidden + hidden * _target_dim(model, objective)
+    width = target_dim(model, objective)
+    in_dim, hidden = head_widths(model.semantic_head, model.decoder.dim, width)
+    return in_dim * hidden + hidden * width
+
+
+def _pixel_decoder_flops(config: Config, work: Work) -> float:
+    """Forward, over all patches of the rows; attention over whole images, or the four patches of a block."""
+    decoder = config.model.pixel_decoder
+    conditions = 2 * work.patches / MERGED_PATCHES * config.model.decoder.dim * decoder.dim
+    pairs = MERGED_PATCHES * work.patches
+    if pixel_role(config.objective) == "renderer":
+        causal = config.model.encoder.attention == "causal"
+        pairs = 2 * work.patch_pairs - MERGED_PATCHES * work.patches if causal else work.patch_pairs
+    attention = 4 * pairs * decoder.dim * decoder.num_layers
+    return conditions + 2 * work.patches * _pixel_decoder_weights(config.model) + attention
+
+
+def _pixel_decoder_weights(model: ModelConfig) -> int:
+    """Weights that every patch is multiplied with: patch in and out, time, blocks and the last norm's modulation."""
+    dim, mlp_dim = model.pixel_decoder.dim, model.pixel_decoder.mlp_dim
+    block = (6 + 4) * dim**2 + 2 * dim * mlp_dim
+    return 2 * patch_values(model.encoder) * dim + 2 * dim**2 + model.pixel_decoder.num_layers * block + 2 * dim**2
+
+
+def _pixel_decoder_parameters(model: ModelConfig) -> int:
+    decoder, values = model.pixel_decoder, patch_values(model.encoder)
+    conditions = model.decoder.dim * decoder.dim + 2 * decoder.dim
+    biases = decoder.dim + values + 2 * decoder.dim + 2 * decoder.dim
+    block_biases = 6 * decoder.dim + 4 * decoder.dim + decoder.mlp_dim + decoder.dim
+    return _pixel_decoder_weights(model) + conditions + biases + decoder.num_layers * block_biases
 
 
 def _causal_pairs(segments: np.ndarray, branches: np.ndarray) -> int:

@@ -70,6 +70,7 @@ def twin(config: Config) -> Config:
         model, encoder=encoder, decoder=decoder, compute_dtype="float32",
         projector=dataclasses.replace(model.projector, hidden_dim=8),
         semantic_head=dataclasses.replace(model.semantic_head, hidden_dim=8),
+        pixel_decoder=dataclasses.replace(model.pixel_decoder, num_layers=2, dim=8, num_heads=2, mlp_dim=16),
     )  # fmt: skip
     train = dataclasses.replace(config.train, num_replicates=1, accumulation_steps=1)
     return dataclasses.replace(config, model=small, train=train, mesh=MeshConfig(1, 1, 1, 1))
@@ -78,7 +79,7 @@ def twin(config: Config) -> Config:
 def measure(config: Config, loss_terms: Callable[..., LossOutput]) -> Norms:
     """The gradient norm of each loss in each component, on perturbed parameters (zeros at start would hide paths)."""
     batch = _twin_batch(config)
-    denominators = count_targets(batch)
+    denominators = count_targets(config, batch)
 
     params = _perturbed_params(config)
     ema = {name: params[name] for name in ema_components(config)}

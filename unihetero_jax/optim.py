@@ -1,13 +1,13 @@
 """The optimizer: AdamW with a schedule, clipping per gradient-isolated group, learning rates per component."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from unihetero_jax.config import Config, OptimizerConfig
+from unihetero_jax.config import COMPONENTS, Config, OptimizerConfig
 
 Tree = dict[str, Any]
 
@@ -77,12 +77,7 @@ def clip_by_group(
 
 
 def _scale_components(config: OptimizerConfig) -> optax.GradientTransformation:
-    scales: Mapping[str, float] = {
-        "encoder": config.encoder_lr,
-        "projector": config.projector_lr,
-        "decoder": config.decoder_lr,
-        "semantic_head": config.semantic_head_lr,
-    }
+    scales = {name: getattr(config, f"{name}_lr") for name in COMPONENTS}
 
     def update(updates: Any, params: Any = None) -> Any:
         return {name: jax.tree.map(lambda u, s=scales[name]: u * s, tree) for name, tree in updates.items()}

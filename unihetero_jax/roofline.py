@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from unihetero_jax.config import MERGED_PATCHES, Config, MeshConfig
+from unihetero_jax.config import MERGED_PATCHES, Config, MeshConfig, target_dim, visual_target
 from unihetero_jax.flops import executed_flops, full_work, model_flops
 from unihetero_jax.hlo import Collective
 from unihetero_jax.sharding import partition_spec
@@ -130,7 +130,7 @@ def _passes(config: Config, component: str) -> int:
 
 
 def _has_average(config: Config) -> bool:
-    return config.objective != "understanding" and config.loss.target == "ema"
+    return visual_target(config.objective) not in (None, "pixels") and config.loss.target == "ema"
 
 
 def expected_traffic(
@@ -240,9 +240,8 @@ def _tensor_traffic(config: Config, width: int) -> float:
     sums += visual * (model.decoder.dim * (1 + (averaged and "projector" not in frozen)))
     sums += visual * MERGED_PATCHES * model.encoder.dim * ("encoder" not in frozen)
     sums += 2 * tokens * model.decoder.dim  # the lookup, and the text loss's gradient of the hidden states
-    if config.objective != "understanding":
-        target = model.decoder.dim if config.objective == "semantic_input" else MERGED_PATCHES * model.encoder.dim
-        sums += tokens * (target + model.decoder.dim * flows)
+    if visual_target(config.objective):
+        sums += tokens * (target_dim(model, config.objective) + model.decoder.dim * flows)
     return 2 * _ring(sums * width, mesh.tensor)
 
 

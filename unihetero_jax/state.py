@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from unihetero_jax import optim
 from unihetero_jax.arrays import pytree_dataclass
-from unihetero_jax.config import Config
+from unihetero_jax.config import Config, visual_target
 from unihetero_jax.sharding import shardings_for
 
 
@@ -21,7 +21,7 @@ class TrainState:
     Attributes:
         step: steps taken, skipped ones included.
         params: parameters by component.
-        ema: moving average of the components that give the visual targets; empty when the online ones do.
+        ema: the components that give the visual targets, by `ema_components`; empty when the online ones do.
         opt_state: moments of the trainable components.
         skipped: steps whose gradient was not finite and that changed nothing.
         consecutive_skips: of those, how many in a row up to now.
@@ -36,21 +36,28 @@ class TrainState:
 
 
 def ema_components(config: Config) -> tuple[str, ...]:
-    """The components averaged for the targets: the projector, and the encoder if it trains.
+    """The components kept beside the trained ones for the targets: of the moving average, the projector, and the
+    encoder if it trains; for random targets, an encoder that stays as it was drawn.
 
     An average of the projector alone over a trainable encoder collapses (see the design), so the encoder is always in
     it unless frozen; a frozen component equals its own average.
     """
-    if config.objective == "understanding" or config.loss.target != "ema":
+    target = visual_target(config.objective)
+    if target == "random":
+        return ("encoder",)
+    if target in (None, "pixels") or config.loss.target != "ema":
         return ()
-    needed = ("encoder",) if config.objective == "semantic_encoder" else ("encoder", "projector")
+    needed = ("encoder", "projector") if target == "input" else ("encoder",)
     return tuple(name for name in needed if name not in config.optimizer.frozen)
 
 
-def create_state(config: Config, params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """A state at step 0 over these parameters."""
+def create_state(
+    config: Config, params: dict[str, Any], optimizer: optax.GradientTransformation, random_encoder: Any = None
+) -> TrainState:
+    """A state at step 0 over these parameters; `random_encoder` gives random targets, for an objective with such."""
     zero = jnp.zeros((), jnp.int32)
-    averaged = {name: jax.tree.map(jnp.copy, params[name]) for name in ema_components(config)}
+    start = params if random_encoder is None else {"encoder": random_encoder}
+    averaged = {name: jax.tree.map(jnp.copy, start[name]) for name in ema_components(config)}
     moments = optimizer.init(optim.trainable(params, config.optimizer.frozen))
     return TrainState(zero, params, averaged, moments, zero, zero)
 

@@ -1,5 +1,6 @@
 """One optimizer step: the loss graph of an objective, gradients, update; and its compilation onto a mesh."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,15 +9,25 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from unihetero_jax import optim
-from unihetero_jax.arrays import Batch, LossOutput, StepMetrics, VisionOutput
-from unihetero_jax.config import Config
+from unihetero_jax.arrays import Batch, LossOutput, StepMetrics
+from unihetero_jax.config import Config, pixel_role, visual_target
 from unihetero_jax.model import unihetero
 from unihetero_jax.model.attention import require_segments_alone
-from unihetero_jax.objectives import GRADIENT_GROUPS, compute_loss, count_targets, visual_weight
+from unihetero_jax.objectives import (
+    TARGET_SUMS,
+    compute_loss,
+    count_targets,
+    gradient_groups,
+    pixel_flow,
+    visual_flow,
+    visual_weight,
+)
 from unihetero_jax.sharding import activation_mesh, batch_sharding
 from unihetero_jax.state import TrainState, create_state, state_shardings, update_ema
 
 Params = dict[str, Any]
+RANDOM_ENCODER_SEED = 20_251_223
+"""Of the encoder whose output is the target of objective `random`; no run has it."""
 
 
 def loss_terms(
@@ -31,10 +42,22 @@ def loss_terms(
     target = output.vision
     if ema:
         averaged = unihetero.build(config.model, config.objective, jax.lax.stop_gradient(params | ema))
-        merged = jax.lax.stop_gradient(output.vision.merged)
+        seen = jax.lax.stop_gradient(output.vision)
         # A frozen encoder equals its own average: it need not run twice.
-        target = averaged.see(batch) if "encoder" in ema else VisionOutput(merged, averaged.projector(merged))
-    return compute_loss(config, output, batch, target, weight, denominators)
+        target = (
+            averaged.see(batch)
+            if "encoder" in ema
+            else dataclasses.replace(seen, visual_embeddings=averaged.projector(seen.merged))
+        )
+    flows = {}
+    if visual_target(config.objective) and config.model.semantic_head.kind == "flow":
+        flow = visual_flow(config, output, batch, target)
+        hidden = jnp.roll(output.hidden, config.loss.target_shift, axis=1)
+        flows["visual"] = flow, model.semantic_head.velocity(hidden, flow.noisy, flow.tau)
+    if pixel_role(config.objective):
+        flow, condition, is_conditioned = pixel_flow(config, output, batch)
+        flows["pixel"] = flow, model.pixel_velocity(batch, flow, condition, is_conditioned)
+    return compute_loss(config, output, batch, target, weight, denominators, flows)
 
 
 def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -44,28 +67,44 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight = visual_weight(config.loss, state.step)
         gradients, losses = _accumulated_gradients(config, state, batch, weight)
-        groups = GRADIENT_GROUPS[config.objective]
+        groups = gradient_groups(config.objective)
         gradients, norms, finite = optim.clip_by_group(gradients, groups, config.optimizer.clip_norm)
         kept = {name: state.params[name] for name in gradients}
         updates, opt_state = optimizer.update(gradients, state.opt_state, kept)
         params = state.params | jax.tree.map(lambda p, u: p + u, kept, updates)
-        ema = update_ema(state.ema, params, config.loss.ema_decay)
+        params = _with_statistics(config, params, losses)
+        ema = state.ema
+        if visual_target(config.objective) != "random":  # whose encoder stays as it was drawn
+            ema = update_ema(ema, params, config.loss.ema_decay)
         params, ema, opt_state = _where(finite, (params, ema, opt_state), (state.params, state.ema, state.opt_state))
         skipped = state.skipped + ~finite
         consecutive = jnp.where(finite, 0, state.consecutive_skips + 1)
         new_state = TrainState(state.step + 1, params, ema, opt_state, skipped, consecutive)
+        sums = {name: value for name, value in losses.sums.items() if name not in TARGET_SUMS}
         return new_state, StepMetrics(
-            losses.loss, losses.sums, losses.counts, norms, finite, weight, batch_hash(batch), consecutive, skipped
+            losses.loss, sums, losses.counts, norms, finite, weight, batch_hash(batch), consecutive, skipped
         )
 
     return train_step
+
+
+def _with_statistics(config: Config, params: Params, losses: LossOutput) -> Params:
+    """The running mean and mean square of the visual targets, moved towards this batch's."""
+    if not config.model.semantic_head.standardise_targets or "semantic_head" not in params:
+        return params
+    count = losses.counts["visual"]
+    pull = jnp.where(count > 0, 1 - config.model.semantic_head.statistics_decay, 0.0)
+    head = dict(params["semantic_head"])
+    for name in TARGET_SUMS:
+        head[name] = head[name] + pull * (losses.sums[name] / jnp.maximum(count, 1.0) - head[name])
+    return params | {"semantic_head": head}
 
 
 def _accumulated_gradients(
     config: Config, state: TrainState, batch: Batch, weight: jax.Array
 ) -> tuple[Params, LossOutput]:
     """Gradients of the whole batch, computed in `accumulation_steps` microbatches over the same denominators."""
-    denominators = count_targets(batch)
+    denominators = count_targets(config, batch)
     trainable = optim.trainable(state.params, config.optimizer.frozen)
 
     def loss_of(trainable: Params, batch: Batch) -> tuple[jax.Array, LossOutput]:
@@ -99,7 +138,9 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], 
 
     def eval_step(state: TrainState, batch: Batch) -> LossOutput:
         weight = visual_weight(config.loss, state.step)
-        return loss_terms(config, state.params, state.ema, batch, weight, count_targets(batch))
+        losses = loss_terms(config, state.params, state.ema, batch, weight, count_targets(config, batch))
+        sums = {name: value for name, value in losses.sums.items() if name not in TARGET_SUMS}
+        return dataclasses.replace(losses, sums=sums)
 
     def on_mesh(state: TrainState, batch: Batch) -> LossOutput:
         with activation_mesh(None if replicates else mesh):
@@ -133,7 +174,12 @@ def _initialiser(config: Config) -> Callable[[], TrainState]:
     optimizer = optim.make_optimizer(config)
 
     def one(seed: jax.Array) -> TrainState:
-        return create_state(config, unihetero.init_params(config.model, config.objective, seed), optimizer)
+        params = unihetero.init_params(config.model, config.objective, seed)
+        random_encoder = None
+        if visual_target(config.objective) == "random":
+            # From one seed for all runs: the target is the same, whatever the run starts from.
+            random_encoder = unihetero.init_params(config.model, config.objective, RANDOM_ENCODER_SEED)["encoder"]
+        return create_state(config, params, optimizer, random_encoder)
 
     num_replicates = config.train.num_replicates
     if num_replicates == 1:

@@ -291,7 +291,7 @@ class RowReader:
     def _role(self, name: str, draw: _Draw) -> Role:
         """How a draw is used; where a coin decides, it is thrown anew in every epoch."""
         source = self._config.data.sources[name]
-        order = source.order
+        order = "captioned" if self._config.objective == "understanding_i2t" else source.order
         if order == "coin":
             coin = stable_key(self._config.data.seed, name, draw.epoch, draw.record, "order") / 2**64
             order = "text_first" if coin < source.text_first_share else "image_first"

@@ -137,7 +137,7 @@ def sample_from_record(
     if augment_rng is not None:
         arrays = [np.asarray(image) for image in images]
         record, images, left_out = transforms.augment_sample(augment, record, arrays, augment_rng, tokenizer.encode)
-    if role.order != "stored" and not is_pair(record):
+    if role.order in ("image_first", "text_first") and not is_pair(record):
         left_out.append("order")
     record, next_image, text_loss = in_order(record, role.order), iter(images), role.text_loss == "stored"
     pieces: list[Piece] = []

@@ -84,7 +84,8 @@ def rollout_retrieval(config: Config, params: Params, tokenizer: Tokenizer) -> d
         )
     grid = grids.pop()
     true = fetch(_true_embeddings(config, params, _image_batch(config, tokenizer, samples)))
-    drawn = fetch(rollout(config, params, drawing_prompts(config, tokenizer, samples, grid), grid[0] * grid[1]))
+    prompts = drawing_prompts(config, tokenizer, samples, grid)
+    drawn = fetch(rollout(config, params, prompts, grid[0] * grid[1], jax.random.key(0)))
     data_hash = hashlib.blake2b(b"".join(stored), digest_size=8).hexdigest()
     compared = _compare(drawn.astype(np.float64), true[:, : drawn.shape[1]].astype(np.float64))
     return {"source": source, "data_hash": data_hash, **compared}

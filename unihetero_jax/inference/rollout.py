@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from unihetero_jax.arrays import Batch, typechecked
 from unihetero_jax.config import Config
@@ -13,7 +13,7 @@ from unihetero_jax.model.unihetero import Params, build
 
 @functools.partial(jax.jit, static_argnames=("config", "num_tokens"))
 @typechecked
-def rollout(config: Config, params: Params, batch: Batch, num_tokens: int) -> Float[Array, "B N D"]:
+def rollout(config: Config, params: Params, batch: Batch, num_tokens: int, key: PRNGKeyArray) -> Float[Array, "B N D"]:
     """Predicts `num_tokens` visual embeddings after prompts that end in `<boi>` with its grid.
 
     Args:
@@ -22,6 +22,7 @@ def rollout(config: Config, params: Params, batch: Batch, num_tokens: int) -> Fl
         batch: one prompt per row, padded at its end; the last real position is `<boi>`, and `boi_grid` there holds the
             (height, width) asked for, whose product is `num_tokens`.
         num_tokens: N.
+        key: of the noise that a flow head draws from; a regression head has no use for it.
 
     Returns:
         The embeddings in the language model's input space, as they were fed back.
@@ -30,10 +31,10 @@ def rollout(config: Config, params: Params, batch: Batch, num_tokens: int) -> Fl
     hidden, cache = model.prefill(batch, batch.tokens.shape[1] + num_tokens)
     last = jnp.take_along_axis(hidden, cache.length[:, None, None] - 1, axis=1)[:, 0]
 
-    def step(carry, _):
+    def step(carry, number):
         last, cache = carry
-        embedding = model.predict_embedding(last)
+        embedding = model.predict_embedding(last, jax.random.fold_in(key, number))
         return model.decode_step(embedding, cache), embedding
 
-    _, embeddings = jax.lax.scan(step, (last, cache), length=num_tokens)
+    _, embeddings = jax.lax.scan(step, (last, cache), jnp.arange(num_tokens))
     return embeddings.swapaxes(0, 1)

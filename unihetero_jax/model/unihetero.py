@@ -14,13 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from unihetero_jax.arrays import Batch, Cache, ModelOutput, VisionOutput, typechecked
-from unihetero_jax.config import MERGED_PATCHES, ModelConfig, Objective
+from unihetero_jax.arrays import Batch, Cache, Flow, ModelOutput, VisionOutput, typechecked
+from unihetero_jax.config import (
+    MERGED_PATCHES,
+    ModelConfig,
+    Objective,
+    patch_values,
+    pixel_role,
+    target_dim,
+    visual_target,
+)
 from unihetero_jax.model.attention import decoder_attention, encoder_attention
 from unihetero_jax.model.decoder import Decoder
 from unihetero_jax.model.layers import ParamKeys
+from unihetero_jax.model.pixel_decoder import PixelDecoder
 from unihetero_jax.model.semantic_encoder import Projector, token_embedding_rms
 from unihetero_jax.model.semantic_head import SemanticHead
 from unihetero_jax.model.vision_encoder import VisionEncoder, merge_patches, with_class_tokens
@@ -33,22 +42,26 @@ Params = dict[str, Any]
 class UniHetero(nnx.Module):
     """One causal transformer over text tokens and visual embeddings.
 
-    The Generation Head exists only for objectives with a visual target; the other components start from the same values
-    whatever the objective.
+    Generation Head and pixel decoder exist only for objectives that have a use for them; the other components start
+    from the same values whatever the objective.
     """
 
     def __init__(self, config: ModelConfig, objective: Objective, keys: ParamKeys):
-        self.config, self.objective = config, objective
+        self.config = config
+        self.objective: Objective = objective
         self.encoder = VisionEncoder(config.encoder, keys.child("encoder"))
         self.projector = Projector(config, keys.child("projector"))
         self.decoder = Decoder(config.decoder, token_embedding_rms(config), keys.child("decoder"))
-        target_dim = head_target_dim(config, objective)
-        if target_dim:
-            head = config.semantic_head
+        self.has_head = visual_target(objective) is not None
+        if self.has_head:
+            width = target_dim(config, objective)
             self.semantic_head = SemanticHead(
-                config.decoder.dim, head.hidden_dim, target_dim, keys.child("semantic_head")
+                config.semantic_head, config.decoder.dim, width, keys.child("semantic_head")
             )
-        self.has_head = bool(target_dim)
+        if pixel_role(objective):
+            self.pixel_decoder = PixelDecoder(
+                config.pixel_decoder, patch_values(config.encoder), config.decoder.dim, keys.child("pixel_decoder")
+            )
 
     @typechecked
     def __call__(self, batch: Batch, cut_input_gradient: bool = False) -> ModelOutput:
@@ -64,8 +77,25 @@ class UniHetero(nnx.Module):
         attention = decoder_attention(self.config.attention_backend, batch.segment_ids, batch.branch_ids)
         hidden = self.decoder(x, batch.positions, attention)
         hidden = constrain(hidden, "batch", "sequence", "replicated")
-        predicted = self.semantic_head(hidden) if self.has_head else None
-        return ModelOutput(hidden, x, vision, predicted, self.decoder.unembedding)
+        predicted = statistics = None
+        if self.has_head:
+            statistics = self.semantic_head.statistics
+            predicted = self.semantic_head(hidden) if self.config.semantic_head.kind == "regression" else None
+        return ModelOutput(hidden, x, vision, predicted, self.decoder.unembedding, statistics)
+
+    @typechecked
+    def pixel_velocity(
+        self, batch: Batch, flow: Flow, condition: Float[Array, "B U D"], is_conditioned: Bool[Array, "B U"]
+    ) -> Float[Array, "B P F"]:
+        """What the pixel decoder predicts at noisy patches. As renderer it sees a whole image, else one block."""
+        segments = batch.patch_segment_ids
+        if pixel_role(self.objective) != "renderer":
+            blocks = jnp.arange(segments.shape[1], dtype=segments.dtype) // MERGED_PATCHES + 1
+            segments = jnp.where(segments > 0, blocks, 0)
+        longest = MERGED_PATCHES * self.config.decoder.max_grid
+        attention = encoder_attention(self.config.attention_backend, segments, False, longest)
+        noisy = constrain(flow.noisy.astype(self.dtype), "batch", "replicated", "replicated")
+        return self.pixel_decoder(noisy, flow.tau, condition, is_conditioned, batch.patch_coords, attention)
 
     @typechecked
     def see(self, batch: Batch) -> VisionOutput:
@@ -79,7 +109,8 @@ class UniHetero(nnx.Module):
         attention = encoder_attention(self.config.attention_backend, segments, causal, max_patches)
         features = self.encoder(batch.patches, batch.patch_coords, batch.patch_grid, attention, self.dtype)
         merged = merge_patches(constrain(features, "batch", "replicated", "replicated"))
-        return VisionOutput(merged, self.projector(merged))
+        patch_embeddings = merge_patches(self.encoder.embed_patches(batch.patches, self.dtype))
+        return VisionOutput(merged, self.projector(merged), patch_embeddings)
 
     @typechecked
     def embed(self, batch: Batch, vision: VisionOutput, cut_input_gradient: bool = False) -> Float[Array, "B T D"]:
@@ -113,14 +144,14 @@ class UniHetero(nnx.Module):
         return hidden[:, 0], Cache(cache.keys, cache.values, cache.length + 1)
 
     @typechecked
-    def predict_embedding(self, hidden: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    def predict_embedding(self, hidden: Float[Array, "B D"], key: PRNGKeyArray) -> Float[Array, "B D"]:
         """The input embedding that the Generation Head expects next, ready to be fed back in a rollout.
 
         Either space gets its scale back, which a cosine loss leaves open; a prediction in encoder space then goes
-        through the Semantic Encoder.
+        through the Semantic Encoder. A flow head draws it, by `key`.
         """
-        predicted = self.semantic_head(hidden)
-        if self.objective == "semantic_encoder":
+        predicted = self.semantic_head.draw(hidden, key)
+        if visual_target(self.objective) == "encoder":
             return self.projector(self.encoder.rescale_merged(predicted))
         return self.projector.rescale(predicted)
 
@@ -139,17 +170,6 @@ def _of_samples_with_visual_loss(batch: Batch, num_visual: int) -> jax.Array:
     has_loss = jnp.zeros((num_rows, length + 1), bool).at[rows, batch.segment_ids].max(batch.visual_loss_mask)
     is_cut = jnp.take_along_axis(has_loss, batch.segment_ids, axis=1) & batch.visual_mask
     return jnp.zeros((num_rows, num_visual), bool).at[rows, batch.visual_index].max(is_cut)
-
-
-def head_target_dim(config: ModelConfig, objective: Objective) -> int:
-    """Width of the space the Generation Head predicts in; 0 without a visual target."""
-    match objective:
-        case "understanding":
-            return 0
-        case "semantic_input":
-            return config.decoder.dim
-        case "semantic_encoder":
-            return 4 * config.encoder.dim
 
 
 def abstract_model(config: ModelConfig, objective: Objective) -> tuple[nnx.GraphDef, nnx.State]:

@@ -86,12 +86,11 @@ class VisionEncoder(nnx.Module):
         `attention` from `encoder_attention`, over `with_class_tokens` of the segments where there are such tokens.
         """
         side, num_patches = self.config.position_grid, patches.shape[1]
-        pixels = self._normalised(patches).astype(dtype)
         rows = resize_weights(patch_coords[..., 0], patch_grid[..., 0], side)
         columns = resize_weights(patch_coords[..., 1], patch_grid[..., 1], side)
         weights = (rows[..., :, None] * columns[..., None, :]).reshape(*rows.shape[:2], side * side)
         of_patches = self.position[...][int(self.config.class_token) :]
-        x = self.patch(pixels) + weights.astype(dtype) @ of_patches.astype(dtype)
+        x = self.embed_patches(patches, dtype) + weights.astype(dtype) @ of_patches.astype(dtype)
         if self.config.class_token:
             token = (self.class_token[...] + self.position[0]).astype(dtype)
             tokens = jnp.broadcast_to(token, (x.shape[0], num_patches // MERGED_PATCHES, x.shape[2]))
@@ -100,6 +99,11 @@ class VisionEncoder(nnx.Module):
             x = self.pre_norm(x)
         x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, attention), None), self.config.remat)
         return self.norm(x[:, :num_patches])
+
+    @typechecked
+    def embed_patches(self, patches: UInt8[Array, "B P F"], dtype: jnp.dtype) -> Float[Array, "B P E"]:
+        """The linear map of the pixels, before positions."""
+        return self.patch(self._normalised(patches).astype(dtype))
 
     def _normalised(self, patches: jax.Array) -> jax.Array:
         """float32[B, P, F]; the channel is the fastest index of a patch's values."""

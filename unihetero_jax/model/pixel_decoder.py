@@ -1,0 +1,120 @@
+"""Pixel decoder: a flow-matching transformer that draws patches, given one condition for each visual token.
+
+    y_tau = (1 - tau) y_0 + tau eps        the decoder predicts  eps - y_0  (rectified flow, arXiv 2209.03003)
+
+A visual token's condition reaches its four patches through adaptive norms (DiT, arXiv 2212.09748). Attention stays
+within the groups that the caller names: the patches of an image, or those of one block.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from unihetero_jax.arrays import typechecked
+from unihetero_jax.config import MERGED_PATCHES, PixelDecoderConfig
+from unihetero_jax.model.attention import RowAttention
+from unihetero_jax.model.layers import MLP, Linear, ParamKeys, parameter, scan_layers, stack_layers
+
+_EPS = 1e-6
+_WAVE_LENGTHS = (1.0, 10_000.0)
+_TIME_SCALE = 1000.0
+"""tau in [0, 1] spreads over as many steps as diffusion models number them."""
+
+
+class PixelDecoder(nnx.Module):
+    """Patches in [-1, 1], so many values each, of images of any grid."""
+
+    def __init__(self, config: PixelDecoderConfig, patch_values: int, condition_dim: int, keys: ParamKeys):
+        self.config = config
+        dim, axes = config.dim, ("replicated", "vision_embed")
+        self.patch = Linear(patch_values, dim, axes, keys.child("patch"), use_bias=True)
+        self.condition = Linear(condition_dim, dim, ("embed", "vision_embed"), keys.child("condition"), use_bias=True)
+        self.no_condition = parameter(keys, "no_condition", (dim,), nnx.initializers.normal(0.02), axes[1:])
+        self.time = MLP(dim, dim, dim, ("vision_embed", "vision_embed"), keys.child("time"))
+        self.blocks = stack_layers(lambda k: _Block(config, k), config.num_layers, keys.child("blocks"))
+        self.modulation = _zero_linear(dim, 2 * dim, axes, keys.child("modulation"))
+        self.out = _zero_linear(dim, patch_values, ("vision_embed", "replicated"), keys.child("out"))
+
+    @typechecked
+    def __call__(
+        self,
+        noisy: Float[Array, "B P F"],
+        tau: Float[Array, "B P"],
+        condition: Float[Array, "B U C"],
+        is_conditioned: Bool[Array, "B U"],
+        patch_coords: Int[Array, "B P 2"],
+        attention: RowAttention,
+    ) -> Float[Array, "B P F"]:
+        """The velocity `eps - y_0` at every patch, float32.
+
+        Args:
+            noisy: y_tau.
+            tau: share of noise of each patch, in [0, 1].
+            condition: of each visual token; of any scale, it is normalised here.
+            is_conditioned: where it is false, the learned "no condition" stands instead.
+            patch_coords: (y, x) in the image.
+            attention: over the patches.
+        """
+        dim = self.config.dim
+        given = jnp.where(
+            is_conditioned[..., None],
+            self.condition(_normalised(condition)),
+            self.no_condition[...].astype(noisy.dtype),
+        )
+        waves = _waves(tau * _TIME_SCALE, dim).astype(noisy.dtype)
+        control = jax.nn.silu(self.time(waves) + jnp.repeat(given, MERGED_PATCHES, axis=1))
+        place = jnp.concatenate([_waves(patch_coords[..., i].astype(jnp.float32), dim // 2) for i in (0, 1)], axis=-1)
+        x = self.patch(noisy) + place.astype(noisy.dtype)
+        x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, control, attention), None), "none")
+        shift, scale = jnp.split(self.modulation(control), 2, axis=-1)
+        return self.out(_modulated(x, shift, scale)).astype(jnp.float32)
+
+
+class _Block(nnx.Module):
+    """DiT's block: norms without parameters of their own, shifted, scaled and gated by the control."""
+
+    def __init__(self, config: PixelDecoderConfig, keys: ParamKeys):
+        dim, wide = config.dim, ("vision_embed", "heads")
+        self.num_heads = config.num_heads
+        self.modulation = _zero_linear(dim, 6 * dim, ("replicated", "vision_embed"), keys.child("modulation"))
+        self.query = Linear(dim, dim, wide, keys.child("query"), use_bias=True)
+        self.key = Linear(dim, dim, wide, keys.child("key"), use_bias=True)
+        self.value = Linear(dim, dim, wide, keys.child("value"), use_bias=True)
+        self.attention_out = Linear(dim, dim, ("heads", "vision_embed"), keys.child("attention_out"), use_bias=True)
+        self.mlp = MLP(dim, config.mlp_dim, dim, ("vision_embed", "vision_embed"), keys.child("mlp"))
+
+    @typechecked
+    def __call__(
+        self, x: Float[Array, "B P o"], control: Float[Array, "B P o"], attention: RowAttention
+    ) -> Float[Array, "B P o"]:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(self.modulation(control), 6, axis=-1)
+        normed = _modulated(x, shift, scale)
+        heads = (*x.shape[:2], self.num_heads, -1)
+        query, key, value = (linear(normed).reshape(heads) for linear in (self.query, self.key, self.value))
+        x = x + gate * self.attention_out(attention(query, key, value))
+        return x + mlp_gate * self.mlp(_modulated(x, mlp_shift, mlp_scale))
+
+
+def _zero_linear(in_dim: int, out_dim: int, axes: tuple[str, str], keys: ParamKeys) -> Linear:
+    """A linear map that starts at zero: a fresh block is the identity (adaLN-Zero), a fresh decoder predicts zero."""
+    linear = Linear(in_dim, out_dim, axes, keys, use_bias=True)
+    linear.kernel = nnx.Param(jnp.zeros((in_dim, out_dim), jnp.float32), logical_axes=axes)
+    return linear
+
+
+def _normalised(x: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt((centred * centred).mean(axis=-1, keepdims=True) + _EPS)).astype(x.dtype)
+
+
+def _modulated(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    return _normalised(x) * (1 + scale) + shift
+
+
+def _waves(values: jax.Array, dim: int) -> jax.Array:
+    """Sines and cosines of wave lengths from 2 pi to 20,000 pi, float32[..., dim] (arXiv 1706.03762)."""
+    lengths = jnp.geomspace(*_WAVE_LENGTHS, dim // 2, dtype=jnp.float32)
+    angles = values[..., None].astype(jnp.float32) / lengths
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
