@@ -41,8 +41,9 @@ MAX_CLOSURE_LINES = 11_400
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
 Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its traces
-and its lock, the processes, the watchdog, the digests, pretrained weights (four modules), the pixel decoder, the TPU's attention and the
-opening of sources are modules of their own, so that each file stays short; a third of the lines are docstrings.
+and its lock, the processes, the watchdog, the digests, pretrained weights (four modules), the pixel decoder, the TPU's
+attention and the opening of sources are modules of their own, so that each file stays short; a third of the lines are
+docstrings.
 """
 
 SHOWN_AS_LOADED = {"data_pipelines.report": {"packing", "row_plan", "transforms"}}

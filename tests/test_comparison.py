@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from conftest import make_tiny_config
 
 from unihetero_jax.cli import main
+from unihetero_jax.config import to_dict
 from unihetero_jax.evaluation import comparison
-from unihetero_jax.evaluation.comparison import compare_hits, compare_runs
+from unihetero_jax.evaluation.comparison import compare_hits, compare_runs, unlike_settings
 
 
 def hits(only_a, only_b, both, neither):
@@ -142,3 +144,21 @@ def test_what_cannot_be_compared_is_refused(runs, changes, message):
 def test_a_run_without_results_is_named(runs, capsys):
     assert main(["compare", str(runs / "a@9"), str(runs / "b")]) == 2
     assert "a: no results of mode likelihood of step 9" in capsys.readouterr().err
+
+
+def test_what_else_differs_is_said(runs, capsys):
+    """Equal targets, lambda and head; a run without a visual loss has none of them to be equal."""
+    plain = to_dict(make_tiny_config())
+    assert unlike_settings(plain, plain | {"objective": "semantic_encoder"}) == []
+    weaker = to_dict(make_tiny_config(objective="patch", loss__visual_weight=0.1, model__semantic_head__hidden_dim=8))
+    assert unlike_settings(plain, weaker) == [
+        "loss.visual_weight: 1.0 -> 0.1", "model.semantic_head.hidden_dim: 32 -> 8"
+    ]  # fmt: skip
+    assert unlike_settings(plain, weaker | {"objective": "understanding"}) == []
+    longer = to_dict(make_tiny_config(objective="understanding", train__num_steps=11, data__num_threads=9))
+    assert unlike_settings(plain, longer) == ["train.num_steps: 10 -> 11"]
+    for name, values in (("a", plain), ("b", weaker)):
+        (runs / name / "config.json").write_text(json.dumps(values))
+    assert main(["compare", str(runs / "a"), str(runs / "b"), f"--output={runs / 'out.json'}"]) == 0
+    assert "NOT LIKE FOR LIKE" in capsys.readouterr().out
+    assert len(json.loads((runs / "out.json").read_text())["unlike"]) == 2

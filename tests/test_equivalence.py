@@ -12,12 +12,13 @@ from conftest import make_tiny_config
 
 from unihetero_jax import step
 from unihetero_jax.data.packing import PackedSample, TokenPiece
-from unihetero_jax.inference.generate import decode
+from unihetero_jax.inference.generate import decode, draw_and_tell
 from unihetero_jax.inference.rollout import rollout
 from unihetero_jax.inference.sampling import GREEDY
+from unihetero_jax.model import unihetero
 from unihetero_jax.model.attention import attend
 from unihetero_jax.model.unihetero import build
-from unihetero_jax.sharding import make_mesh, to_global
+from unihetero_jax.sharding import activation_mesh, make_mesh, shardings_for, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.text_loss import text_nll
 
@@ -91,6 +92,67 @@ def test_rollout_equals_feeding_predictions_back_by_hand(objective):
         predicted = model.predict_embedding(hidden[:, -1], jax.random.key(0))
         np.testing.assert_allclose(rolled[position], predicted[0], atol=1e-5)
         x = jnp.concatenate([x, predicted[:, None]], axis=1)
+
+
+def drawing_prompts_and_truth(num_rows=2, num_tokens=4):
+    """Samples of text and an image of so many tokens: their prompts up to `<boi>`, and the samples whole."""
+    rng = np.random.default_rng(6)
+    texts = [small.tokens(rng, 4) for _ in range(num_rows)]
+    images = [small.ImagePiece(small.picture(rng, 1, num_tokens), True) for _ in range(num_rows)]
+    rows = [[PackedSample([text, TokenPiece([small.BOI])])] for text in texts]
+    whole = [[PackedSample([t, TokenPiece([small.BOI]), image])] for t, image in zip(texts, images, strict=True)]
+    prompts = small.batch_of(rows, row_tokens=5, row_patches=4)
+    grid = jnp.array([1, num_tokens])
+    prompts = dataclasses.replace(prompts, boi_grid=prompts.boi_grid.at[:, 4].set(grid))
+    return prompts, small.batch_of(whole, row_tokens=5 + num_tokens, row_patches=4 * num_tokens)
+
+
+@pytest.mark.parametrize("objective", ["semantic_input", "semantic_encoder"])
+def test_a_rollout_that_is_given_all_is_teacher_forcing(objective):
+    """And one that is given a part is equal up to there, and another from there on."""
+    config, params = make_tiny_config(objective=objective), small.params_of(objective)
+    prompts, whole = drawing_prompts_and_truth()
+    output = small.forward(objective)(params, whole)
+    true = output.vision.visual_embeddings
+    model = build(config.model, objective, params)
+    forced = model.predict_embedding(output.hidden[:, 4:8].reshape(8, -1), jax.random.key(0)).reshape(true.shape)
+    given = {n: rollout(config, params, prompts, 4, jax.random.key(0), true, n) for n in (0, 2, 4)}
+    np.testing.assert_allclose(given[4], forced, atol=1e-5)
+    np.testing.assert_allclose(given[2][:, :3], forced[:, :3], atol=1e-5)
+    assert np.abs(given[2][:, 3] - forced[:, 3]).max() > 1e-3
+    np.testing.assert_array_equal(given[0], rollout(config, params, prompts, 4, jax.random.key(0)))
+
+
+def test_a_rollout_on_eight_devices_is_that_on_one():
+    config = make_tiny_config(mesh__fsdp=4, mesh__tensor=2, train__global_batch_rows=8, eval__batch_rows=8)
+    params, (prompts, _) = small.params_of(), drawing_prompts_and_truth(4)
+    one = rollout(make_tiny_config(), params, prompts, 4, jax.random.key(0))
+    mesh = make_mesh(config.mesh)
+    with activation_mesh(mesh):
+        shardings = shardings_for(unihetero.logical_axes(config.model, config.objective), mesh)
+        split = jax.device_put(params, shardings)
+        eight = rollout(config, split, to_global(host(prompts), mesh), 4, jax.random.key(0))
+    np.testing.assert_allclose(eight, one, atol=1e-5)
+
+
+def test_text_goes_on_after_an_image_that_was_drawn():
+    """Greedy text after `<eoi>` is that of the whole model over prompt, drawn embeddings, `<eoi>` and what was said."""
+    config, params, new = make_tiny_config(), small.params_of(), 5
+    prompts, _ = drawing_prompts_and_truth(1)
+    drawn, tokens = draw_and_tell(config, params, prompts, jax.random.key(0), 4, small.EOI, new, small.EOS, (), GREEDY)
+    np.testing.assert_allclose(drawn, rollout(config, params, prompts, 4, jax.random.key(0)), atol=1e-6)
+    model = build(config.model, config.objective, params)
+    no_grid = jnp.zeros((1, 1, 2), jnp.int32)
+    embed = lambda token: model.decoder.embed(jnp.full((1, 1), token, jnp.int32), no_grid, model.dtype)  # noqa: E731
+    start = model.decoder.embed(prompts.tokens, prompts.boi_grid, model.dtype)
+    x = jnp.concatenate([start, drawn, embed(small.EOI)], axis=1)
+    for token in np.asarray(tokens[0]):
+        mask = jnp.tril(jnp.ones((1, x.shape[1], x.shape[1]), bool))
+        hidden = model.decoder(x, jnp.arange(x.shape[1])[None], functools.partial(attend, mask=mask))
+        assert int(jnp.argmax(hidden[0, -1] @ model.decoder.unembedding.T)) == token
+        if token == small.EOS:
+            break
+        x = jnp.concatenate([x, embed(token)], axis=1)
 
 
 def run_steps(config, num_steps, num_rows=8):

@@ -381,9 +381,11 @@ def _compare(flags: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError(f"{overrides[0]}: compare takes no --config fields")
     rows = comparison.compare_runs(flags.run_a, flags.run_b, flags.mode)
-    print(comparison.format_differences(rows, flags.run_a, flags.run_b))
+    unlike = comparison.unlike_runs(flags.run_a, flags.run_b)
+    print(comparison.format_differences(rows, flags.run_a, flags.run_b, unlike))
     if flags.output:
-        write_json(to_path(flags.output), {"differences": [dataclasses.asdict(row) for row in rows]})
+        found = {"differences": [dataclasses.asdict(row) for row in rows], "unlike": unlike}
+        write_json(to_path(flags.output), found)
 
 
 def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:

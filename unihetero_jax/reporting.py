@@ -268,7 +268,7 @@ class Reporter:
             self._files.write_metrics(done, line)
         shown = {
             "loss": line["loss"],
-            **{k: float(np.mean(v["mean"])) for k, v in terms.items() if k in ("text", "visual")},
+            **{k: float(np.mean(v["mean"])) for k, v in terms.items() if k in ("text", "visual", "pixel")},
         }
         self._progress.report(done, shown, speed["samples_per_s"])
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from unihetero_jax.storage import list_folder, read_bytes, to_path
+from unihetero_jax.config import differences, pixel_role, visual_target
+from unihetero_jax.storage import file_exists, list_folder, read_bytes, to_path
 from unihetero_jax.text_table import align
 
 LEVEL = 0.05
@@ -159,6 +160,46 @@ def compare_runs(run_a: str, run_b: str, mode: str = "likelihood") -> list[Diffe
     return [row for name in common for row in compare_results(name, found_a[name], found_b[name])]
 
 
+SHARED_TREATMENT = (
+    "loss.visual_weight", "loss.visual_weight_start", "loss.visual_ramp_steps", "loss.visual_loss", "loss.target_norm",
+    "loss.target", "loss.ema_decay", "loss.cut_input_gradient", "loss.visual_loss_on", "loss.pixel_weight",
+    "model.semantic_head", "model.pixel_decoder", "optimizer.frozen",
+)  # fmt: skip
+"""What is to be equal where objectives are compared that differ in what they predict."""
+SHARED_SETTING = (
+    "seed", "data", "scene_world", "train.num_steps", "train.global_batch_rows", "optimizer", "init_from",
+    "model.encoder", "model.projector", "model.decoder", "model.compute_dtype",
+)  # fmt: skip
+"""What is to be equal whatever is compared: data, length, optimizer, start and model."""
+
+
+def unlike_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Where two plain configurations differ beside what is compared, as `path: a -> b`.
+
+    The treatment counts where both have a visual or a pixel loss: then a difference of scores may come from lambda or
+    the size of the head as well as from the target (design section 2).
+    """
+    treated = all(visual_target(one["objective"]) or pixel_role(one["objective"]) for one in (a, b))
+    # How rows are read, and where from, is no part of the stream.
+    paths = SHARED_SETTING + (SHARED_TREATMENT if treated else ())
+    ignored = ("data.num_threads", "data.prefetch_batches", "data.cache", "optimizer.frozen" if not treated else "-")
+    found = []
+    for change in differences(a, b):
+        path = change.partition(":")[0]
+        is_shared = any(path == shared or path.startswith(f"{shared}.") for shared in paths)
+        if is_shared and not path.startswith(ignored):
+            found.append(change)
+    return found
+
+
+def unlike_runs(run_a: str, run_b: str) -> list[str]:
+    """`unlike_settings` of two runs; of two steps of one, and where a folder has no configuration, nothing."""
+    paths = [to_path(_split(run)[0]) / "config.json" for run in (run_a, run_b)]
+    if paths[0] == paths[1] or not all(file_exists(path) for path in paths):
+        return []
+    return unlike_settings(*(json.loads(read_bytes(path)) for path in paths))
+
+
 def _split(run: str) -> tuple[str, int | None]:
     """`WORKDIR@STEP` as folder and step."""
     named = re.fullmatch(r"(.+)@(\d+)", run)
@@ -198,8 +239,8 @@ def read_results(
     return results
 
 
-def format_differences(rows: Sequence[Difference], run_a: str, run_b: str) -> str:
-    """The table of `compare`."""
+def format_differences(rows: Sequence[Difference], run_a: str, run_b: str, unlike: Sequence[str] = ()) -> str:
+    """The table of `compare`, labelled with what else differs."""
     table = [("benchmark", "category", "items", "A", "B", "B - A", "interval", "McNemar p", "B is", "items needed")]
     for row in rows:
         needed = "-" if row.items_needed is None else f"{row.items_needed:,}"
@@ -213,4 +254,6 @@ def format_differences(rows: Sequence[Difference], run_a: str, run_b: str) -> st
         f"items needed: to find a difference of this size with probability {POWER:.0%}. B is better or worse where "
         "interval and McNemar test agree.",
     ]
+    if unlike:
+        notes += ["NOT LIKE FOR LIKE: beside the objective the runs differ in", *(f"  {change}" for change in unlike)]
     return "\n".join([*align(table), *notes])

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from unihetero_jax import distributed
-from unihetero_jax.arrays import Batch, typechecked
+from unihetero_jax.arrays import Batch, Cache, typechecked
 from unihetero_jax.config import MERGED_PATCHES, Config
 from unihetero_jax.data.mixture import chat_around, image_spec
 from unihetero_jax.data.packing import (
@@ -39,8 +39,9 @@ from unihetero_jax.data.records import (
 )
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
+from unihetero_jax.inference.rollout import prefilled, roll_on
 from unihetero_jax.inference.sampling import GREEDY, Sampling, sample
-from unihetero_jax.model.unihetero import Params, build
+from unihetero_jax.model.unihetero import Params, UniHetero, build
 from unihetero_jax.sharding import activation_mesh, fetch, local_rows, make_mesh, to_global
 
 
@@ -202,11 +203,60 @@ def decode(
         Tokens, `end_id` from a row's end on, and the log-probability each had under the model (before temperature).
     """
     model = build(config.model, config.objective, params)
-    num_rows, length = batch.tokens.shape
-    hidden, cache = model.prefill(batch, length + max_new_tokens)
-    last = jnp.take_along_axis(hidden, cache.length[:, None, None] - 1, axis=1)[:, 0]
-    no_grid = jnp.zeros((num_rows, 1, 2), jnp.int32)
-    blocked = jnp.zeros(config.model.decoder.vocab_size, bool).at[jnp.asarray(forbidden, jnp.int32)].set(True)
+    last, cache = prefilled(model, batch, max_new_tokens)
+    return _decode_on(model, last, cache, key, max_new_tokens, end_id, forbidden, sampling)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "num_visual", "eoi_id", "max_new_tokens", "end_id", "forbidden", "sampling")
+)
+@typechecked
+def draw_and_tell(
+    config: Config,
+    params: Params,
+    batch: Batch,
+    key: PRNGKeyArray,
+    num_visual: int,
+    eoi_id: int,
+    max_new_tokens: int,
+    end_id: int,
+    forbidden: tuple[int, ...],
+    sampling: Sampling,
+) -> tuple[Float[Array, "B N D"], Int[Array, "B S"]]:
+    """Text, then an image, then text again: rolls an image out after prompts that end in `<boi>` (as `rollout`), closes
+    it with `<eoi>`, and goes on with text that reads it.
+
+    Returns:
+        The embeddings of the image, and the tokens after it, `end_id` from a row's end on.
+    """
+    model = build(config.model, config.objective, params)
+    last, cache = prefilled(model, batch, num_visual + 1 + max_new_tokens)
+    drawn, _, cache = roll_on(model, last, cache, num_visual, jax.random.fold_in(key, 0))
+    num_rows = batch.tokens.shape[0]
+    closing = jnp.full((num_rows, 1), eoi_id, jnp.int32)
+    last, cache = model.decode_step(_embedded(model, closing), cache)
+    key = jax.random.fold_in(key, 1)
+    return drawn, _decode_on(model, last, cache, key, max_new_tokens, end_id, forbidden, sampling)[0]
+
+
+def _embedded(model: UniHetero, tokens: jax.Array) -> jax.Array:
+    """The input embeddings of one token for each row, int32[B, 1]."""
+    return model.decoder.embed(tokens, jnp.zeros((*tokens.shape, 2), jnp.int32), model.dtype)[:, 0]
+
+
+def _decode_on(
+    model: UniHetero,
+    last: jax.Array,
+    cache: Cache,
+    key: PRNGKeyArray,
+    max_new_tokens: int,
+    end_id: int,
+    forbidden: tuple[int, ...],
+    sampling: Sampling,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens and their log-probabilities after a hidden state, by the cache that belongs to it."""
+    num_rows = last.shape[0]
+    blocked = jnp.zeros(model.config.decoder.vocab_size, bool).at[jnp.asarray(forbidden, jnp.int32)].set(True)
 
     def next_token(step, last, ended):
         logits = (last @ model.decoder.unembedding.T.astype(last.dtype)).astype(jnp.float32)
@@ -219,8 +269,7 @@ def decode(
         token, log_prob = next_token(step, last, ended)
         tokens = tokens.at[:, step].set(token)
         log_probs = log_probs.at[:, step].set(jnp.where(ended, 0.0, log_prob))
-        embedding = model.decoder.embed(token[:, None], no_grid, model.dtype)[:, 0]
-        last, cache = model.decode_step(embedding, cache)
+        last, cache = model.decode_step(_embedded(model, token[:, None]), cache)
         return step + 1, last, cache, ended | (token == end_id), tokens, log_probs
 
     def unfinished(carry):

@@ -130,7 +130,11 @@ class UniHetero(nnx.Module):
         num_rows = batch.tokens.shape[0]
         shape = (decoder.num_layers, num_rows, num_slots, decoder.num_kv_heads, decoder.head_dim)
         length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
-        cache = Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype), length)
+        keys, values = (
+            constrain(jnp.zeros(shape, self.dtype), "layers", "batch", "replicated", "heads", "replicated")
+            for _ in range(2)
+        )
+        cache = Cache(keys, values, length)
         positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32), batch.tokens.shape)
         mask = jnp.arange(num_slots) <= positions[..., None]
         return self.decoder.cached(self.embed(batch, self.see(batch)), positions, mask, cache)
