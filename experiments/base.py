@@ -110,7 +110,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "frozen": (),
             },
             "init_from": {"workdir": "", "step": -1, "components": (), "language_model": "", "vision_encoder": ""},
-            "scene_world": {"level": "none", "path": "", "num_scenes": 0},
+            "scene_world": {"level": "none", "path": "", "num_scenes": 0, "seed": 0},
             "data": {
                 "sources": {},
                 "seed": 0,

@@ -48,6 +48,25 @@ def test_summary_and_result_files_agree(finished):
     )
 
 
+def test_rollouts_are_judged_by_position(finished, capsys, refused):
+    """In the space of its own encoder here: what counts is that all that was measured is written and drawn."""
+    workdir, _, _ = finished
+    command = ["evaluate", f"--workdir={workdir}", "--benchmarks=scenes", f"--rollout-judge={workdir}"]
+    assert cli.main(command) == 0
+    assert "found among 8 by all positions" in capsys.readouterr().out
+    found = json.loads((workdir / "eval" / "rollout-error-2.json").read_text())
+    assert set(found["overall"]) == set(found["curves"]) == {
+        "floor", "free_running", "teacher_0.25", "teacher_0.5", "teacher_0.75", "teacher_forced", "mean_embedding",
+        "copy_previous",
+    }  # fmt: skip
+    assert all(len(curve) == 9 for curve in found["curves"].values()) and len(found["judge"]) == 12
+    assert found["curves"]["free_running"][0] == pytest.approx(found["curves"]["teacher_forced"][0], rel=1e-4)
+    assert found["overall"]["mean_embedding"][0] > 0.9, "the mean explains nothing"
+    assert found["num_images"] == 8 <= found["num_fit_images"] and found["objective"] == "semantic_input"
+    assert (workdir / "eval" / "rollout-error-2.png").stat().st_size > 5000
+    assert "no run here" in refused(*command[:-1], f"--rollout-judge={workdir / 'nowhere'}")
+
+
 def test_an_untrained_model_sets_the_retrieval_alarm_off(finished, capsys):
     """Two steps teach nothing: with an alarm at 1 the rollout must raise it, with one at 0 it must not."""
     workdir, _, _ = finished

@@ -8,7 +8,7 @@ from conftest import make_tiny_config
 
 from unihetero_jax.data.packing import ImagePiece, PackedSample, TokenPiece
 from unihetero_jax.evaluation.diagnostics import _compare as compare
-from unihetero_jax.evaluation.diagnostics import drawing_prompts, sample_grid
+from unihetero_jax.evaluation.diagnostics import common_grid, drawing_prompts
 
 IMAGES, TOKENS, WIDTH = 64, 4, 16
 
@@ -134,8 +134,8 @@ def test_prompts_for_drawing_end_before_the_image_and_carry_its_grid():
         PackedSample([TokenPiece(caption), TokenPiece([2], True), picture(2, 3), TokenPiece([3], True)])
         for caption in ([7], [7, 8, 9])
     ]
-    assert [sample_grid(sample, 4) for sample in samples] == [(2, 3), (2, 3)]
-    batch = drawing_prompts(make_tiny_config(), types.SimpleNamespace(pad_id=0), samples, (2, 3))
+    assert common_grid(make_tiny_config(), samples) == (2, 3)
+    batch = drawing_prompts(make_tiny_config(), types.SimpleNamespace(pad_id=0), samples)
     np.testing.assert_array_equal(batch.tokens, [[7, 2, 0, 0], [7, 8, 9, 2]])
     np.testing.assert_array_equal(np.asarray(batch.boi_grid).sum(axis=-1), [[0, 5, 0, 0], [0, 0, 0, 5]])
     np.testing.assert_array_equal(batch.boi_grid[1, 3], [2, 3])

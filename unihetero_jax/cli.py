@@ -36,6 +36,7 @@ from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import check_candidates, rollout_retrieval
 from unihetero_jax.evaluation.held_out import held_out_likelihood
 from unihetero_jax.evaluation.page import write_page
+from unihetero_jax.evaluation.rollout_error import Judge, format_rollout_error, plot_rollout_error, rollout_error
 from unihetero_jax.evaluation.runner import (
     SCORERS,
     LogProbs,
@@ -59,7 +60,7 @@ from unihetero_jax.profiling import parse_range
 from unihetero_jax.sharding import activation_mesh, fetch, local_rows, make_mesh, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.step import abstract_state
-from unihetero_jax.storage import StorageError, list_folder, read_bytes, to_path
+from unihetero_jax.storage import StorageError, list_folder, local_target, read_bytes, to_path
 from unihetero_jax.text_loss import text_nll
 from unihetero_jax.train import Hook, Interrupted, agree_on_run, train
 from unihetero_jax.watchdog import EXIT_STALLED
@@ -145,6 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluates.add_argument("--held-out", action="store_true", help="also perplexity of every source's validation text")
     evaluates.add_argument("--rollout", action="store_true", help="also draw from captions of eval.rollout_source")
+    evaluates.add_argument(
+        "--rollout-judge", default="", metavar="WORKDIR",
+        help="also the error of rollouts by position, in the space of that run's encoder (experiments/scene_judge.py)",
+    )  # fmt: skip
     evaluates.set_defaults(command=_evaluate)
 
     scores = commands.add_parser("score", allow_abbrev=False, help="score anybody's predictions by the public rules")
@@ -276,7 +281,7 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
     """Evaluates one checkpoint as the flags say, and writes the run's page anew."""
     requested = [name for name in flags.benchmarks.split(",") if name]
     run = load_run(flags.workdir, step, flags.replicate, overrides)
-    if flags.rollout and not _rolls_out(run.config):
+    if (flags.rollout or flags.rollout_judge) and not _rolls_out(run.config):
         raise ValueError(
             "--rollout: the run draws no images; it needs an objective with a visual loss and eval.rollout_source"
         )
@@ -292,6 +297,8 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
         _measure_held_out(run, to_path(flags.workdir) / "eval")
     if flags.rollout:
         _roll_out(run, to_path(flags.workdir) / "eval")
+    if flags.rollout_judge:
+        _measure_rollout_error(run, flags.rollout_judge, to_path(flags.workdir) / "eval")
     if distributed.is_lead():
         announce(f"page: {write_page(flags.workdir)}")
     return run
@@ -494,7 +501,7 @@ def run_training(
 def _make_scene_world(config: Config) -> None:
     world, spec = config.scene_world, image_spec(config)
     assert world.level != "none"
-    ensure_scene_world(world.path, world.level, world.num_scenes, spec, config.model.decoder.vocab_size)
+    ensure_scene_world(world.path, world.level, world.num_scenes, spec, config.model.decoder.vocab_size, world.seed)
     if config.data.turns != "branches":  # of branches it comes with one
         ensure_index(world.path, spec, config.data.turns)
 
@@ -547,6 +554,19 @@ def _roll_out(run: "Run", folder: epath.Path) -> dict[str, Any]:
     if alarms:
         announce(f"ALARM: rollout retrieval {found['retrieval']:.3f} is under {config.diagnostics.retrieval_alarm}")
     return result
+
+
+def _measure_rollout_error(run: "Run", judge_workdir: str, folder: epath.Path) -> None:
+    """Written to `rollout-error-<step>.json` and `.png`, and printed."""
+    found = load_run(judge_workdir, -1, 0)
+    judge = Judge(found.config, found.params, found.tokenizer)
+    result = rollout_error(run.config, run.params, run.tokenizer, judge)
+    result |= {"objective": run.config.objective, "step": run.step, "config_hash": run.config_hash}
+    announce(format_rollout_error(result))
+    if distributed.is_lead():
+        write_json(folder / f"rollout-error-{run.step}.json", result)
+        with local_target(folder / f"rollout-error-{run.step}.png") as path:
+            plot_rollout_error(result, path)
 
 
 @dataclasses.dataclass(frozen=True)

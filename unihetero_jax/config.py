@@ -303,11 +303,12 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SceneWorldConfig:
-    """The embedded scene world: generated into `path` when missing. `level` none: not used."""
+    """The embedded scene world: generated into `path` when missing, from `seed`. `level` none: not used."""
 
     level: Literal["none", "easy", "hard"]
     path: str
     num_scenes: int
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

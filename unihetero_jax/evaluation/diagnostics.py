@@ -5,14 +5,16 @@ others cannot come from a collapsed space.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from unihetero_jax.arrays import Batch
+from unihetero_jax.arrays import Batch, VisionOutput
 from unihetero_jax.config import MERGED_PATCHES, Config
 from unihetero_jax.data.mixture import image_spec, open_split
 from unihetero_jax.data.packing import (
@@ -23,7 +25,7 @@ from unihetero_jax.data.packing import (
     sample_from_record,
     stack_rows,
 )  # fmt: skip
-from unihetero_jax.data.records import FLAG_GENERATED_IMAGE, deserialize
+from unihetero_jax.data.records import FLAG_GENERATED_IMAGE, MERGE_SIZE, deserialize
 from unihetero_jax.data.sources import Source
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.inference.generate import prompt_batch
@@ -36,7 +38,7 @@ def check_candidates(config: Config, tokenizer: Tokenizer) -> None:
     """Raises ValueError unless `eval.rollout_source` has `eval.rollout_candidates` usable records."""
     source, needed = config.eval.rollout_source, config.eval.rollout_candidates
     opened = open_split(config, tokenizer, source, "val")
-    found = len(_drawn_records(opened))
+    found = len(drawn_records(opened))
     opened.close()
     if found < needed:
         raise ValueError(
@@ -45,7 +47,7 @@ def check_candidates(config: Config, tokenizer: Tokenizer) -> None:
         )
 
 
-def _drawn_records(source: Source) -> np.ndarray:
+def drawn_records(source: Source) -> np.ndarray:
     """Numbers of the records that ask for exactly one image from text."""
     index = source.index
     return np.flatnonzero((index["flags"] & FLAG_GENERATED_IMAGE > 0) & (index["num_images"] == 1))
@@ -74,25 +76,20 @@ def rollout_retrieval(config: Config, params: Params, tokenizer: Tokenizer) -> d
     check_candidates(config, tokenizer)
     source, spec = config.eval.rollout_source, image_spec(config)
     opened = open_split(config, tokenizer, source, "val")
-    stored = [opened.read(int(record)) for record in _drawn_records(opened)[: config.eval.rollout_candidates]]
+    stored = [opened.read(int(record)) for record in drawn_records(opened)[: config.eval.rollout_candidates]]
     opened.close()
     samples = [sample_from_record(deserialize(data), tokenizer, spec) for data in stored]
-    grids = {sample_grid(sample, spec.patch_size) for sample in samples}
-    if len(grids) > 1:
-        raise ValueError(
-            f"data.sources.{source}: images of different grids {sorted(grids)}; retrieval compares equal ones"
-        )
-    grid = grids.pop()
-    true = fetch(_true_embeddings(config, params, _image_batch(config, tokenizer, samples)))
-    prompts = drawing_prompts(config, tokenizer, samples, grid)
-    drawn = fetch(rollout(config, params, prompts, grid[0] * grid[1], jax.random.key(0)))
+    true = see_images(config, params, tokenizer, samples).visual_embeddings
+    prompts = drawing_prompts(config, tokenizer, samples)
+    drawn = fetch(rollout(config, params, prompts, true.shape[1], jax.random.key(0)))
     data_hash = hashlib.blake2b(b"".join(stored), digest_size=8).hexdigest()
-    compared = _compare(drawn.astype(np.float64), true[:, : drawn.shape[1]].astype(np.float64))
+    compared = _compare(drawn.astype(np.float64), np.asarray(true, np.float64))
     return {"source": source, "data_hash": data_hash, **compared}
 
 
-def drawing_prompts(config: Config, tokenizer: Tokenizer, samples: list[PackedSample], grid: tuple[int, int]) -> Batch:
-    """The samples' texts up to `<boi>`, which carries the grid asked for."""
+def drawing_prompts(config: Config, tokenizer: Tokenizer, samples: list[PackedSample]) -> Batch:
+    """The samples' texts up to `<boi>`, which carries the grid of their images."""
+    grid = common_grid(config, samples)
     prompts = []
     for sample in samples:
         before = list(itertools.takewhile(lambda piece: not isinstance(piece, ImagePiece), sample.pieces))
@@ -104,29 +101,38 @@ def drawing_prompts(config: Config, tokenizer: Tokenizer, samples: list[PackedSa
     return dataclasses.replace(batch, boi_grid=boi_grid)
 
 
-def sample_grid(sample: PackedSample, patch_size: int) -> tuple[int, int]:
-    """(height, width) of the sample's image in visual tokens."""
-    pixels = next(piece.pixels for piece in sample.pieces if isinstance(piece, ImagePiece))
-    return pixels.shape[0] // (2 * patch_size), pixels.shape[1] // (2 * patch_size)
+def common_grid(config: Config, samples: Sequence[PackedSample]) -> tuple[int, int]:
+    """(height, width) of the samples' images in visual tokens. Raises ValueError if they differ."""
+    side = MERGE_SIZE * config.model.encoder.patch_size
+    shapes = {_image(sample).pixels.shape[:2] for sample in samples}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"data.sources.{config.eval.rollout_source}: images of different grids "
+            f"{sorted((height // side, width // side) for height, width in shapes)}; only equal ones can be compared"
+        )
+    height, width = shapes.pop()
+    return height // side, width // side
 
 
-def _image_batch(config: Config, tokenizer: Tokenizer, samples: list[PackedSample]) -> Batch:
-    """The samples' images alone, one per row, between markers."""
-    patch_size = config.model.encoder.patch_size
-    height, width = sample_grid(samples[0], patch_size)
-    num_tokens = height * width
+def _image(sample: PackedSample) -> ImagePiece:
+    return next(piece for piece in sample.pieces if isinstance(piece, ImagePiece))
+
+
+def see_images(config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence[PackedSample]) -> VisionOutput:
+    """What the vision path makes of the samples' images, of one grid of N tokens: numpy arrays [images, N, width]."""
+    height, width = common_grid(config, samples)
+    patch_size, num_tokens = config.model.encoder.patch_size, height * width
     rows = []
     for sample in samples:
-        image = next(piece for piece in sample.pieces if isinstance(piece, ImagePiece))
-        alone = PackedSample([TokenPiece([tokenizer.boi_id]), image])
+        alone = PackedSample([TokenPiece([tokenizer.boi_id]), _image(sample)])
         rows.append(assemble_row([alone], num_tokens + 1, num_tokens * MERGED_PATCHES, patch_size, tokenizer.pad_id))
     whole: dict[str, Any] = stack_rows(rows)
-    return Batch(**whole)
+    return jax.tree.map(fetch, _see(config, params, Batch(**whole)))
 
 
-def _true_embeddings(config: Config, params: Params, batch: Batch) -> jax.Array:
-    see = jax.jit(lambda params, batch: build(config.model, config.objective, params).see(batch).visual_embeddings)
-    return see(params, batch)
+@functools.partial(jax.jit, static_argnames="config")
+def _see(config: Config, params: Params, batch: Batch) -> VisionOutput:
+    return build(config.model, config.objective, params).see(batch)
 
 
 def _compare(drawn: np.ndarray, true: np.ndarray) -> dict[str, Any]:

@@ -1,0 +1,292 @@
+"""Cumulative error: how a free rollout departs from the truth, position by position, in the space of a judge.
+
+    FR(j)  error at position j when every input before it was predicted      (free running)
+    TF(j)  error when every input before it was true                         (teacher forcing)
+    gap = FR - TF;  growth = slope of log FR(j) over j;  horizon = positions before FR(j) passes half of the way
+
+All runs are measured in one space: the encoder of a judge that none of them trained on. A run's embeddings go there
+through a linear map, fitted the same way for each on true pairs of other images. The error is 1 - R^2: squared distance
+over the judge's variance at that position, so the mean embedding has 1, and the map's own error on true embeddings is
+the floor. FR is what counts; the gap is read with the leak (design section 2): with a bidirectional encoder the true
+inputs of teacher forcing already hold pixels of what is to be predicted.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from unihetero_jax.config import Config
+from unihetero_jax.data.mixture import image_spec, open_split
+from unihetero_jax.data.packing import PackedSample, sample_from_record
+from unihetero_jax.data.records import deserialize
+from unihetero_jax.data.tokenizer import Tokenizer
+from unihetero_jax.evaluation.diagnostics import drawing_prompts, drawn_records, see_images
+from unihetero_jax.inference.rollout import rollout
+from unihetero_jax.model.unihetero import Params
+from unihetero_jax.sharding import fetch
+
+TEACHER_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of an image's positions whose inputs are true; 0 is free running, 1 is teacher forcing."""
+MAX_FIT_IMAGES = 1024
+NUM_DRAWS = 1000
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Of the map, relative to the mean square of its inputs; the best on a fifth of its images is taken."""
+_BATCH_IMAGES = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A frozen encoder in whose space runs are compared; of another run, or of none of those compared."""
+
+    config: Config
+    params: Params
+    tokenizer: Tokenizer
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of its encoder's parameters, by which results name it."""
+        digest = hashlib.blake2b(digest_size=6)
+        for leaf in jax.tree.leaves(self.params["encoder"]):
+            digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        return digest.hexdigest()
+
+
+def rollout_error(config: Config, params: Params, tokenizer: Tokenizer, judge: Judge) -> dict[str, Any]:
+    """Rolls images out from the captions of `eval.rollout_source` and measures them.
+
+    Args:
+        config: the run's; `eval.rollout_candidates` images are measured, further ones of the split fit the map.
+        params: the run's.
+        tokenizer: the run's.
+        judge: its encoder must read patches of the run's size.
+
+    Returns:
+        `curves` and `overall`: {name: values by position} and {name: [value, low, high]} (95%, bootstrap over images)
+        of `floor`, `free_running`, `teacher_forced`, `teacher_0.25` ..., `mean_embedding`, `copy_previous`;
+        `gap`, `growth` and `horizon` with their intervals; `retrieval_by_position`, among as many images as were
+        measured, from the positions up to there; `leak`: R^2 of the next embedding from the earlier ones by a linear
+        map, without text; and what it was made of.
+
+    Raises:
+        ValueError: too few images, images of several grids, or a judge of another patch size.
+    """
+    if judge.config.model.encoder.patch_size != config.model.encoder.patch_size:
+        raise ValueError(
+            f"--rollout-judge: reads patches of {judge.config.model.encoder.patch_size} pixels, the run of "
+            f"{config.model.encoder.patch_size}; they see different visual tokens, train a judge of the run's size"
+        )
+    measured, fitting, data_hash = _samples(config, tokenizer)
+    true, seen = _embeddings(config, params, tokenizer, measured, judge)
+    true_fit, seen_fit = _embeddings(config, params, tokenizer, fitting, judge)
+    to_judge = _fit_map(true_fit, seen_fit)
+    predicted = _rollouts(config, params, tokenizer, measured, true)
+    guesses = {"floor": to_judge(true)} | {name: to_judge(value) for name, value in predicted.items()}
+    guesses["mean_embedding"] = np.broadcast_to(seen_fit.mean(axis=0), seen.shape)
+    guesses["copy_previous"] = _copied(to_judge(true), seen_fit.mean(axis=0))
+    errors = {name: ((guess - seen) ** 2).sum(axis=-1) for name, guess in guesses.items()}
+    variance = ((seen - seen.mean(axis=0)) ** 2).sum(axis=-1)
+    result = summarise(errors, variance)
+    result["retrieval_by_position"] = _retrieval(guesses["free_running"], seen)
+    result["leak"] = {
+        "r_squared": _leak(true_fit, true), "encoder_attention": config.model.encoder.attention,
+    }  # fmt: skip
+    return result | {
+        "source": config.eval.rollout_source, "data_hash": data_hash, "judge": judge.digest,
+        "num_images": len(measured), "num_fit_images": len(fitting), "chance": 1 / len(measured),
+    }  # fmt: skip
+
+
+def _samples(config: Config, tokenizer: Tokenizer) -> tuple[list[PackedSample], list[PackedSample], str]:
+    """Images to measure and images to fit the map on, of the validation split, and the hash of the former."""
+    source, needed = config.eval.rollout_source, config.eval.rollout_candidates
+    opened = open_split(config, tokenizer, source, "val")
+    stored = [opened.read(int(record)) for record in drawn_records(opened)[: needed + MAX_FIT_IMAGES]]
+    opened.close()
+    if len(stored) < 2 * needed:
+        raise ValueError(
+            f"eval.rollout_source: {len(stored)} validation records of {source} ask for one image; the error of a "
+            f"rollout needs eval.rollout_candidates = {needed} to measure and as many to fit the map to the judge"
+        )
+    samples = [sample_from_record(deserialize(data), tokenizer, image_spec(config)) for data in stored]
+    data_hash = hashlib.blake2b(b"".join(stored[:needed]), digest_size=8).hexdigest()
+    return samples[:needed], samples[needed:], data_hash
+
+
+def _embeddings(
+    config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence[PackedSample], judge: Judge
+) -> tuple[np.ndarray, np.ndarray]:
+    """The run's input embeddings of the images' tokens, and what the judge's encoder makes of them, [images, N, ...]"""
+    own, judged = [], []
+    for start in range(0, len(samples), _BATCH_IMAGES):
+        part = samples[start : start + _BATCH_IMAGES]
+        own.append(see_images(config, params, tokenizer, part).visual_embeddings)
+        judged.append(see_images(judge.config, judge.params, judge.tokenizer, part).merged)
+    return np.concatenate(own).astype(np.float64), np.concatenate(judged).astype(np.float64)
+
+
+def _rollouts(
+    config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence[PackedSample], true: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Predictions by the share of true inputs."""
+    found: dict[str, list[np.ndarray]] = {}
+    num_tokens = true.shape[1]
+    for start in range(0, len(samples), _BATCH_IMAGES):
+        prompts = drawing_prompts(config, tokenizer, list(samples[start : start + _BATCH_IMAGES]))
+        given = true[start : start + _BATCH_IMAGES].astype(np.float32)
+        for fraction in TEACHER_FRACTIONS:
+            count = round(fraction * num_tokens)
+            drawn = fetch(rollout(config, params, prompts, num_tokens, jax.random.key(0), given, count))
+            found.setdefault(_name(fraction), []).append(drawn)
+    return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
+
+
+def _copied(true: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Each token's departure from its position's mean, repeated at the next position; the first has the mean."""
+    departure = np.concatenate([np.zeros_like(true[:, :1]), (true - mean)[:, :-1]], axis=1)
+    return mean + departure
+
+
+def _name(fraction: float) -> str:
+    return {0.0: "free_running", 1.0: "teacher_forced"}.get(fraction, f"teacher_{fraction:g}")
+
+
+def _fit_map(inputs: np.ndarray, outputs: np.ndarray) -> Any:
+    """The ridge regression from embeddings to the judge's features, one for all positions."""
+    cut = max(len(inputs) * 4 // 5, 1)
+
+    def error(ridge: float) -> float:
+        guess = _ridge(inputs[:cut], outputs[:cut], ridge)(inputs[cut:])
+        return float(((guess - outputs[cut:]) ** 2).mean())
+
+    return _ridge(inputs, outputs, min(_RIDGES, key=error))
+
+
+def _ridge(inputs: np.ndarray, outputs: np.ndarray, ridge: float) -> Any:
+    x, y = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
+    x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
+    x, y = x - x_mean, y - y_mean
+    gram = x.T @ x / len(x)
+    weights = np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ y / len(x))
+    return lambda values: (values - x_mean) @ weights + y_mean
+
+
+def summarise(errors: Mapping[str, np.ndarray], variance: np.ndarray) -> dict[str, Any]:
+    """Curves, means over positions, gap, growth and horizon, with intervals.
+
+    Args:
+        errors: squared distances to the truth by name, [images, N].
+        variance: squared distances of the truth to its mean at each position, [images, N].
+    """
+    rng = np.random.default_rng(0)
+    num_images = len(variance)
+    weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=NUM_DRAWS)
+
+    def statistics(weight: np.ndarray) -> dict[str, float]:
+        curves = {name: weight @ error / (weight @ variance) for name, error in errors.items()}
+        total = {name: (weight @ error).sum() / (weight @ variance).sum() for name, error in errors.items()}
+        return total | {
+            "gap": total["free_running"] - total["teacher_forced"],
+            "growth": _growth(curves["free_running"]),
+            "horizon": _horizon(curves["free_running"], curves["floor"]),
+        }
+
+    whole = statistics(np.ones(num_images))
+    drawn = [statistics(weight) for weight in weights]
+    intervals = {
+        name: [float(value), *(float(x) for x in np.quantile([one[name] for one in drawn], (0.025, 0.975)))]
+        for name, value in whole.items()
+    }
+    curves = {name: (error.sum(axis=0) / variance.sum(axis=0)).tolist() for name, error in errors.items()}
+    return {
+        "curves": curves,
+        "overall": {name: intervals[name] for name in errors},
+        **{name: intervals[name] for name in ("gap", "growth", "horizon")},
+    }
+
+
+def _growth(curve: np.ndarray) -> float:
+    """Slope of the logarithm over positions: 0.1 is ten per cent more error with every position."""
+    if len(curve) < 2:
+        return 0.0
+    return float(np.polyfit(np.arange(len(curve)), np.log(np.maximum(curve, 1e-12)), 1)[0])
+
+
+def _horizon(curve: np.ndarray, floor: np.ndarray) -> float:
+    """Positions before the error passes half of the way from the floor to the mean embedding's 1 (our choice)."""
+    beyond = np.flatnonzero(curve > (floor + 1) / 2)
+    return float(beyond[0] if len(beyond) else len(curve))
+
+
+def _retrieval(guess: np.ndarray, seen: np.ndarray) -> list[float]:
+    """Share of rollouts nearest to their own image among all, by the positions up to each; position means removed."""
+    mean = seen.mean(axis=0)
+    shares = []
+    for last in range(1, seen.shape[1] + 1):
+        a, b = ((x[:, :last] - mean[:last]).reshape(len(x), -1) for x in (guess, seen))
+        a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
+        shares.append(float(((a @ b.T).argmax(axis=1) == np.arange(len(seen))).mean()))
+    return shares
+
+
+def _leak(fitting: np.ndarray, measured: np.ndarray) -> float:
+    """R^2 of z[t+1] from z[t] and the mean of z[..t], by a linear map fitted on other images, over position means."""
+    if measured.shape[1] < 2:
+        return 0.0
+    mean = fitting.mean(axis=0)
+
+    def before(z: np.ndarray) -> np.ndarray:
+        centred = z - mean
+        average = np.cumsum(centred, axis=1) / np.arange(1, z.shape[1] + 1)[:, None]
+        return np.concatenate([centred, average], axis=-1)[:, :-1]
+
+    guess = _fit_map(before(fitting), (fitting - mean)[:, 1:])(before(measured))
+    truth = (measured - mean)[:, 1:]
+    return float(1 - ((guess - truth) ** 2).sum() / (truth**2).sum())
+
+
+def format_rollout_error(result: Mapping[str, Any]) -> str:
+    """What the command prints."""
+    overall = result["overall"]
+    lines = [f"rollout error (1 - R^2 in the space of judge {result['judge']}; {result['num_images']} images)"]
+    for name, (value, low, high) in overall.items():
+        lines.append(f"  {name:<16}{value:8.4f}   {low:.4f} to {high:.4f}")
+    for name in ("gap", "growth", "horizon"):
+        value, low, high = result[name]
+        lines.append(f"  {name:<16}{value:8.4f}   {low:.4f} to {high:.4f}")
+    leak = result["leak"]
+    lines.append(
+        f"  the leak: {leak['r_squared']:.3f} of the next embedding's variance follows from earlier ones without text "
+        f"({leak['encoder_attention']} encoder); teacher forcing is optimistic by what of that is pixels"
+    )
+    lines.append(
+        f"  found among {result['num_images']} by all positions: {result['retrieval_by_position'][-1]:.3f} "
+        f"(chance {result['chance']:.3f})"
+    )
+    return "\n".join(lines)
+
+
+def plot_rollout_error(result: Mapping[str, Any], path: Path) -> None:
+    """Error by position of free running, of each teacher fraction, and of the baselines."""
+    from matplotlib.figure import Figure  # only who draws needs it; a figure of its own keeps no global state
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    shades = {"free_running": "#c2570c", "teacher_forced": "#1b6ca8", "floor": "#6b7280"}
+    for name, curve in result["curves"].items():
+        positions = np.arange(1, len(curve) + 1)
+        is_main, is_baseline = name in shades, name in ("mean_embedding", "copy_previous")
+        axes.plot(
+            positions, curve, label=name.replace("_", " "), color=shades.get(name), linewidth=2 if is_main else 1,
+            linestyle=":" if is_baseline else "-", marker="." if is_main else None,
+        )  # fmt: skip
+    axes.set_xlabel("visual token")
+    axes.set_ylabel("1 - R² in the judge's space")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{result['source']}: {result['num_images']} images, judge {result['judge']}", fontsize=10)
+    axes.legend(fontsize=8, frameon=False, ncols=2)
+    figure.savefig(path, dpi=120)
