@@ -72,6 +72,8 @@ def get_config(arg: str = "") -> ConfigDict:
                     "num_heads": 4,
                     "mlp_dim": 512,
                     "condition_dropout": 0.1,
+                    "condition_noise": 0.2,
+                    "predicted_share": 0.25,
                 },
                 "compute_dtype": "float32",
                 "attention_backend": "auto",
@@ -158,6 +160,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "caption_prompt": "Describe the image.",
                 "chat_template": False,
             },
+            "drawing": {"sampler": "heun", "steps": 20, "guidance": 1.0},
             "diagnostics": {
                 "within_spread_warn": 0.20,
                 "within_spread_alarm": 0.10,

@@ -266,7 +266,8 @@ def test_a_drawn_block_reads_no_other_block_and_a_renderer_reads_its_image():
 
         def velocity(noisy, config=config, params=params, flow=flow, condition=condition, given=given):
             model = unihetero.build(config.model, config.objective, params)
-            return model.pixel_velocity(batch, dataclasses.replace(flow, noisy=noisy), condition, given)
+            flow = dataclasses.replace(flow, noisy=noisy)
+            return model.pixel_velocity(batch.patch_segment_ids, batch.patch_coords, flow, condition, given)
 
         moved = jnp.abs(velocity(flow.noisy.at[0, 0].add(1.0)) - velocity(flow.noisy)).max(axis=-1)[0]
         images = np.asarray(batch.patch_segment_ids[0])
@@ -286,7 +287,7 @@ def test_pixel_detached_is_pixel_through_but_for_one_stop_gradient():
 
         gradients[objective] = jax.jit(jax.value_and_grad(total))(params)
     (a, through), (b, detached) = gradients["pixel_through"], gradients["pixel_detached"]
-    assert float(a) == float(b)
+    assert float(a) == pytest.approx(float(b), rel=1e-5)
     pairs = list(zip(*(jax.tree.leaves(g["pixel_decoder"]) for g in (through, detached)), strict=True))
     largest = max(float(np.abs(x).max()) for x, _ in pairs)
     for x, y in pairs:  # compiled apart, sums have other orders

@@ -34,6 +34,7 @@ from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.evaluation import comparison, official
 from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import check_candidates, rollout_retrieval
+from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct
 from unihetero_jax.evaluation.held_out import held_out_likelihood
 from unihetero_jax.evaluation.page import write_page
 from unihetero_jax.evaluation.rollout_error import Judge, format_rollout_error, plot_rollout_error, rollout_error
@@ -47,6 +48,7 @@ from unihetero_jax.evaluation.runner import (
     select_benchmarks,
     write_json,
 )
+from unihetero_jax.evaluation.sheet import draw_pictures
 from unihetero_jax.evaluation.training_prior import TrainingPrior
 from unihetero_jax.hf_config import VISION_CLASSES
 from unihetero_jax.hf_export import export_hugging_face
@@ -171,7 +173,11 @@ def _parser() -> argparse.ArgumentParser:
 
     generates = commands.add_parser("generate", allow_abbrev=False, help="continue a prompt, with or without an image")
     generates.add_argument("--image", default="", help="an image file")
-    generates.add_argument("--prompt", required=True)
+    generates.add_argument("--prompt", default="", help="words to go on from, or to draw")
+    generates.add_argument("--num-images", type=int, default=0, help="draw so many images of the prompt instead")
+    generates.add_argument("--grid", type=_grid, default=None, metavar="HxW", help="of the images, in visual tokens")
+    generates.add_argument("--reconstruct", nargs="+", default=[], metavar="FILE", help="draw images from themselves")
+    generates.add_argument("--output", default="", metavar="FILE.png", help="the sheet of what was drawn")
     generates.add_argument("--max-new-tokens", type=int, default=64)
     generates.add_argument("--temperature", type=float, default=0.0)
     generates.add_argument("--top-p", type=float, default=1.0)
@@ -397,12 +403,45 @@ def _compare(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
     run = load_run(flags.workdir, flags.step, flags.replicate, overrides)
+    if flags.num_images or flags.reconstruct:
+        _draw(flags, run)
+        return
     image = _read_image(flags.image) if flags.image else None
     if not image and not format_prompt(flags.prompt):
         raise ValueError("--prompt is empty and there is no --image: nothing to continue")
     sampling = Sampling(flags.temperature, flags.top_p)
     prompts = [Prompt(flags.prompt, (image,) if image else ())]
     print(generate_text(run.config, run.params, run.tokenizer, prompts, flags.max_new_tokens, sampling, flags.seed)[0])
+
+
+def _grid(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: give height and width in visual tokens, such as 3x3")
+    return int(parts[0]), int(parts[1])
+
+
+def _draw(flags: argparse.Namespace, run: "Run") -> None:
+    """A sheet of images drawn from the prompt, of the given images beside what is drawn from them, or of both."""
+    if not flags.output.endswith(".png"):
+        raise ValueError(f"--output {flags.output!r}: name the PNG file that the images are written to")
+    if flags.num_images < 0 or (flags.num_images and not flags.prompt):
+        raise ValueError("--num-images: a positive number of images, and --prompt says of what")
+    rows: list[tuple[str, list[np.ndarray]]] = []
+    if flags.num_images:
+        grid = flags.grid or default_grid(run.config)
+        texts = [flags.prompt] * flags.num_images
+        start = time.monotonic()
+        rows.append((flags.prompt, draw_from_texts(run.config, run.params, run.tokenizer, texts, grid, flags.seed)))
+        seconds, tokens = time.monotonic() - start, flags.num_images * grid[0] * grid[1]
+        print(f"{tokens} visual tokens in {seconds:.1f} s with compilation ({tokens / seconds:.0f} a second)")
+    if flags.reconstruct:
+        files = [_read_image(path) for path in flags.reconstruct]
+        pairs = reconstruct(run.config, run.params, run.tokenizer, files, flags.seed)
+        rows.append(("as the model sees it", [seen for seen, _ in pairs]))
+        rows.append(("drawn from that", [drawn for _, drawn in pairs]))
+    draw_pictures(rows, Path(flags.output))
+    print(flags.output)
 
 
 def _data_stats(flags: argparse.Namespace, overrides: list[str]) -> None:

@@ -45,6 +45,8 @@ Turns = Literal["branches", "repeated_prefix"]
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
 MERGED_PATCHES = 4
 """Patches per visual token (2x2 merge)."""
+MIN_TAU = 0.05
+"""Least share of noise that a pixel decoder is trained at: below it, velocities follow from the smallest errors."""
 
 
 class ConfigError(ValueError):
@@ -171,6 +173,10 @@ class PixelDecoderConfig:
     Attributes:
         num_layers, dim, num_heads, mlp_dim: of its blocks.
         condition_dropout: share of images whose condition is left out, for classifier-free guidance (arXiv 2207.12598).
+        condition_noise: of the renderer: noise on the embeddings, up to this many times their RMS, another amount for
+            each image; it has to draw from rolled-out embeddings, which are not exact.
+        predicted_share: of the renderer: share of drawn images whose condition is what the Generation Head predicts of
+            them under teacher forcing, in place of the true embeddings (regression heads).
     """
 
     num_layers: int = 4
@@ -178,6 +184,8 @@ class PixelDecoderConfig:
     num_heads: int = 4
     mlp_dim: int = 512
     condition_dropout: float = 0.1
+    condition_noise: float = 0.2
+    predicted_share: float = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,6 +443,15 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DrawingConfig:
+    """How the pixel decoder draws: steps of the flow from noise, by whom, and the scale of classifier-free guidance."""
+
+    sampler: Literal["euler", "heun"] = "heun"
+    steps: int = 20
+    guidance: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class DiagnosticsConfig:
     """Thresholds of the collapse alarms: within-image spread of z (warn, alarm), spread across images at equal places,
     copy-previous distance, rollout retrieval.
@@ -467,6 +484,7 @@ class Config:
     mesh: MeshConfig
     eval: EvalConfig
     diagnostics: DiagnosticsConfig
+    drawing: DrawingConfig = DrawingConfig()
 
     def __hash__(self) -> int:
         """Of the values: mappings have no hash, and compiled functions are cached by configuration."""
@@ -724,6 +742,10 @@ def _head_rules(model: ModelConfig) -> list[tuple[bool, str]]:
             0 <= pixels.condition_dropout < 1,
             f"model.pixel_decoder.condition_dropout {pixels.condition_dropout} must lie in [0, 1)",
         ),
+        (
+            pixels.condition_noise >= 0 and 0 <= pixels.predicted_share <= 1,
+            "model.pixel_decoder.condition_noise must not be negative, predicted_share must lie in [0, 1]",
+        ),
     ]
 
 
@@ -923,6 +945,7 @@ def _validate_run(config: Config) -> list[str]:
         ),
         "checkpoint": (config.checkpoint, ("every_steps", "keep_last")),
         "eval": (config.eval, ("batch_rows", "shard_items", "rollout_candidates")),
+        "drawing": (config.drawing, ("steps",)),
         "mesh": (config.mesh, ("data", "fsdp", "tensor", "context", "num_slices")),
     }
     return _broken(rules) + _not_positive(positive)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unihetero_jax.arrays import Batch, Flow, LossOutput, ModelOutput, TargetStatistics, VisionOutput, typechecked
 from unihetero_jax.config import (
     MERGED_PATCHES,
+    MIN_TAU,
     Component,
     Config,
     LossConfig,
@@ -305,17 +306,18 @@ def visual_flow(config: Config, output: ModelOutput, batch: Batch, target: Visio
 
 @typechecked
 def pixel_flow(
-    config: Config, output: ModelOutput, batch: Batch
+    config: Config, output: ModelOutput, batch: Batch, predicted: Float[Array, "B T D"] | None = None
 ) -> tuple[Flow, Float[Array, "B U D"], Bool[Array, "B U"]]:
     """Points on the way from patches in [-1, 1] to noise, the condition of each visual token, and whether it is given.
 
-    The renderer is conditioned on the image's visual embeddings; as an objective the decoder draws the block at t + 1
-    from the hidden state at t, and `pixel_detached` differs from `pixel_through` by one stop-gradient.
+    The renderer is conditioned on the image's visual embeddings, true with noise or `predicted` from the position
+    before; as an objective the decoder draws the block at t + 1 from the hidden state at t, and `pixel_detached`
+    differs from `pixel_through` by one stop-gradient.
     """
     role = pixel_role(config.objective)
     num_visual = batch.patches.shape[1] // MERGED_PATCHES
     if role == "renderer":
-        condition = jax.lax.stop_gradient(output.vision.visual_embeddings)
+        condition = jax.lax.stop_gradient(_renderer_condition(config, output, batch, predicted))
         groups = batch.patch_segment_ids
     else:
         condition = _hidden_before(batch, output.hidden, num_visual)
@@ -323,9 +325,23 @@ def pixel_flow(
     if role == "detached":
         condition = jax.lax.stop_gradient(condition)
     clean = batch.patches.astype(jnp.float32) / 127.5 - 1.0
-    flow = draw_flow(clean, groups, _drawn_patches(config, batch), batch.row_hash, purpose=1)
+    flow = draw_flow(clean, groups, _drawn_patches(config, batch), batch.row_hash, purpose=1, min_tau=MIN_TAU)
     coin = _by_group(batch.row_hash, 2, groups[:, ::MERGED_PATCHES])
     return flow, condition, coin >= config.model.pixel_decoder.condition_dropout
+
+
+def _renderer_condition(config: Config, output: ModelOutput, batch: Batch, predicted: jax.Array | None) -> jax.Array:
+    """Visual embeddings as the renderer will meet them, [B, U, D]: with noise, of some drawn images as predicted."""
+    pixels, condition = config.model.pixel_decoder, output.vision.visual_embeddings
+    images = batch.patch_segment_ids[:, ::MERGED_PATCHES]
+    if predicted is not None:
+        is_drawn = _position_of_target(batch, condition.shape[1]) > 0
+        takes = is_drawn & (_by_group(batch.row_hash, 3, images) < pixels.predicted_share)
+        condition = jnp.where(takes[..., None], _hidden_before(batch, predicted, condition.shape[1]), condition)
+    amount = pixels.condition_noise * _by_group(batch.row_hash, 4, images)[..., None]
+    scale = jnp.sqrt(jnp.mean(condition.astype(jnp.float32) ** 2, axis=-1, keepdims=True))
+    noise = jax.vmap(lambda key: jax.random.normal(key, condition.shape[1:]))(_row_keys(batch.row_hash, 5))
+    return (condition + amount * scale * noise).astype(condition.dtype)
 
 
 def _drawn_patches(config: Config, batch: Batch) -> jax.Array:
@@ -353,15 +369,20 @@ def _hidden_before(batch: Batch, hidden: jax.Array, num_visual: int) -> jax.Arra
 
 @typechecked
 def draw_flow(
-    clean: Float[Array, "B S Z"], groups: Int[Array, "B S"], mask: Bool[Array, "B S"], row_hash: Any, purpose: int
+    clean: Float[Array, "B S Z"],
+    groups: Int[Array, "B S"],
+    mask: Bool[Array, "B S"],
+    row_hash: Any,
+    purpose: int,
+    min_tau: float = 0.0,
 ) -> Flow:
-    """`y_tau = (1 - tau) y_0 + tau eps` with tau uniform, one for each group of a row.
+    """`y_tau = (1 - tau) y_0 + tau eps` with tau uniform from `min_tau` to 1, one for each group of a row.
 
     The noise is a function of the row's content (our choice): it is the same on any number of devices, in any
     microbatch and for every arm of a comparison, and there is no random state to save.
     """
     noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:], jnp.float32))(_row_keys(row_hash, purpose))
-    tau = _by_group(row_hash, purpose + 16, groups)
+    tau = min_tau + (1 - min_tau) * _by_group(row_hash, purpose + 16, groups)
     noisy = clean + tau[..., None] * (noise - clean)
     return Flow(noisy, tau, noise - clean, mask)
 

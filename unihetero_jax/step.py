@@ -55,8 +55,12 @@ def loss_terms(
         hidden = jnp.roll(output.hidden, config.loss.target_shift, axis=1)
         flows["visual"] = flow, model.semantic_head.velocity(hidden, flow.noisy, flow.tau)
     if pixel_role(config.objective):
-        flow, condition, is_conditioned = pixel_flow(config, output, batch)
-        flows["pixel"] = flow, model.pixel_velocity(batch, flow, condition, is_conditioned)
+        predicted = None
+        if pixel_role(config.objective) == "renderer" and config.model.semantic_head.kind == "regression":
+            predicted = model.predict_embedding(output.hidden, jax.random.key(0))  # a regression head takes no noise
+        flow, condition, is_conditioned = pixel_flow(config, output, batch, predicted)
+        velocity = model.pixel_velocity(batch.patch_segment_ids, batch.patch_coords, flow, condition, is_conditioned)
+        flows["pixel"] = flow, velocity
     return compute_loss(config, output, batch, target, weight, denominators, flows)
 
 

@@ -79,6 +79,15 @@ def patchify(pixels: np.ndarray, patch_size: int, out: np.ndarray | None = None)
     return patches, coords.transpose(0, 2, 1, 3, 4).reshape(height * width, 2)
 
 
+def unpatchify(patches: np.ndarray, height: int, width: int, patch_size: int) -> np.ndarray:
+    """The image, `uint8[height, width, 3]`, that `patchify` cut into these patches."""
+    blocks = patches.reshape(
+        height // (MERGE_SIZE * patch_size), width // (MERGE_SIZE * patch_size), MERGE_SIZE, MERGE_SIZE, patch_size,
+        patch_size, 3,
+    )  # fmt: skip
+    return blocks.transpose(0, 2, 4, 1, 3, 5, 6).reshape(height, width, 3)
+
+
 def augment_sample(
     name: str,
     record: Record,

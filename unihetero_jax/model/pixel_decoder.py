@@ -1,6 +1,9 @@
 """Pixel decoder: a flow-matching transformer that draws patches, given one condition for each visual token.
 
-    y_tau = (1 - tau) y_0 + tau eps        the decoder predicts  eps - y_0  (rectified flow, arXiv 2209.03003)
+    y_tau = (1 - tau) y_0 + tau eps        velocity  eps - y_0  (rectified flow, arXiv 2209.03003)
+
+What the network gives is the clean patch, and the velocity follows from it, `(y_tau - y_0) / tau` (arXiv 2511.13720): a
+patch of 8 x 8 pixels has 192 values, whose noise does not pass through a narrower network, and whose image does.
 
 A visual token's condition reaches its four patches through adaptive norms (DiT, arXiv 2212.09748). Attention stays
 within the groups that the caller names: the patches of an image, or those of one block.
@@ -12,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import typechecked
-from unihetero_jax.config import MERGED_PATCHES, PixelDecoderConfig
+from unihetero_jax.config import MERGED_PATCHES, MIN_TAU, PixelDecoderConfig
 from unihetero_jax.model.attention import RowAttention
 from unihetero_jax.model.layers import MLP, Linear, ParamKeys, parameter, scan_layers, stack_layers
 
@@ -50,7 +53,7 @@ class PixelDecoder(nnx.Module):
 
         Args:
             noisy: y_tau.
-            tau: share of noise of each patch, in [0, 1].
+            tau: share of noise of each patch, in [0, 1]; below `MIN_TAU` it counts as that.
             condition: of each visual token; of any scale, it is normalised here.
             is_conditioned: where it is false, the learned "no condition" stands instead.
             patch_coords: (y, x) in the image.
@@ -68,7 +71,8 @@ class PixelDecoder(nnx.Module):
         x = self.patch(noisy) + place.astype(noisy.dtype)
         x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, control, attention), None), "none")
         shift, scale = jnp.split(self.modulation(control), 2, axis=-1)
-        return self.out(_modulated(x, shift, scale)).astype(jnp.float32)
+        clean = self.out(_modulated(x, shift, scale)).astype(jnp.float32)
+        return (noisy.astype(jnp.float32) - clean) / jnp.maximum(tau, MIN_TAU)[..., None]
 
 
 class _Block(nnx.Module):
@@ -97,7 +101,7 @@ class _Block(nnx.Module):
 
 
 def _zero_linear(in_dim: int, out_dim: int, axes: tuple[str, str], keys: ParamKeys) -> Linear:
-    """A linear map that starts at zero: a fresh block is the identity (adaLN-Zero), a fresh decoder predicts zero."""
+    """A linear map that starts at zero: a fresh block is the identity (adaLN-Zero), a fresh decoder draws grey."""
     linear = Linear(in_dim, out_dim, axes, keys, use_bias=True)
     linear.kernel = nnx.Param(jnp.zeros((in_dim, out_dim), jnp.float32), logical_axes=axes)
     return linear

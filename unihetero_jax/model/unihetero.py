@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from unihetero_jax.arrays import Batch, Cache, Flow, ModelOutput, VisionOutput, typechecked
 from unihetero_jax.config import (
@@ -85,17 +85,22 @@ class UniHetero(nnx.Module):
 
     @typechecked
     def pixel_velocity(
-        self, batch: Batch, flow: Flow, condition: Float[Array, "B U D"], is_conditioned: Bool[Array, "B U"]
+        self,
+        patch_segment_ids: Int[Array, "B P"],
+        patch_coords: Int[Array, "B P 2"],
+        flow: Flow,
+        condition: Float[Array, "B U D"],
+        is_conditioned: Bool[Array, "B U"],
     ) -> Float[Array, "B P F"]:
         """What the pixel decoder predicts at noisy patches. As renderer it sees a whole image, else one block."""
-        segments = batch.patch_segment_ids
+        segments = patch_segment_ids
         if pixel_role(self.objective) != "renderer":
             blocks = jnp.arange(segments.shape[1], dtype=segments.dtype) // MERGED_PATCHES + 1
             segments = jnp.where(segments > 0, blocks, 0)
         longest = MERGED_PATCHES * self.config.decoder.max_grid
         attention = encoder_attention(self.config.attention_backend, segments, False, longest)
         noisy = constrain(flow.noisy.astype(self.dtype), "batch", "replicated", "replicated")
-        return self.pixel_decoder(noisy, flow.tau, condition, is_conditioned, batch.patch_coords, attention)
+        return self.pixel_decoder(noisy, flow.tau, condition, is_conditioned, patch_coords, attention)
 
     @typechecked
     def see(self, batch: Batch) -> VisionOutput:
@@ -148,7 +153,7 @@ class UniHetero(nnx.Module):
         return hidden[:, 0], Cache(cache.keys, cache.values, cache.length + 1)
 
     @typechecked
-    def predict_embedding(self, hidden: Float[Array, "B D"], key: PRNGKeyArray) -> Float[Array, "B D"]:
+    def predict_embedding(self, hidden: Float[Array, "*batch D"], key: PRNGKeyArray) -> Float[Array, "*batch D"]:
         """The input embedding that the Generation Head expects next, ready to be fed back in a rollout.
 
         Either space gets its scale back, which a cosine loss leaves open; a prediction in encoder space then goes

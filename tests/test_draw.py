@@ -1,0 +1,137 @@
+"""Drawing: patches back to images, the flow followed exactly where its answer is known, and the commands."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from conftest import make_tiny_config
+from PIL import Image
+
+from unihetero_jax import cli
+from unihetero_jax.data.transforms import patchify, unpatchify
+from unihetero_jax.inference import draw
+from unihetero_jax.model import unihetero
+from unihetero_jax.objectives import pixel_flow
+from unihetero_jax.step import loss_terms
+from unihetero_jax.train import train
+
+
+def with_drawing(config, **changes):
+    return dataclasses.replace(config, drawing=dataclasses.replace(config.drawing, **changes))
+
+
+def test_unpatchify_undoes_patchify():
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3)).astype(np.uint8)
+    patches, _ = patchify(pixels, 4)
+    np.testing.assert_array_equal(unpatchify(patches, 24, 40, 4), pixels)
+
+
+class Known:
+    """Stands for the model: the exact velocity of data that are one point, `(y - point) / tau`, or a curved one."""
+
+    dtype = jnp.float32
+
+    def __init__(self, point, shifted=0.0, curved=False):
+        self.point, self.shifted, self.curved = point, shifted, curved
+
+    def pixel_velocity(self, segments, coords, flow, condition, is_conditioned):
+        tau = flow.tau[..., None]
+        point = jnp.where(is_conditioned.all(), self.point, self.point + self.shifted)
+        if self.curved:
+            return 3 * (flow.noisy - point) * tau**2 + 0 * flow.noisy
+        return (flow.noisy - point) / jnp.maximum(tau, 1e-6)
+
+
+def drawn_by(model, monkeypatch, **changes):
+    config = with_drawing(make_tiny_config(objective="unihetero"), **changes)
+    monkeypatch.setattr(draw, "build", lambda *_: model)
+    _, coords = patchify(np.zeros((8, 16, 3), np.uint8), 4)
+    return draw.draw_patches.__wrapped__(config, {}, jnp.zeros((2, 2, 32)), jnp.asarray(coords), jax.random.key(0))
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+def test_a_straight_flow_is_followed_to_its_end_in_any_number_of_steps(monkeypatch, sampler):
+    for steps in (1, 7):
+        found = drawn_by(Known(0.5), monkeypatch, sampler=sampler, steps=steps)
+        np.testing.assert_array_equal(found, 191)
+
+
+def test_heun_is_of_higher_order_than_euler(monkeypatch):
+    """dy/dtau = 3 (y - p) tau^2 from tau 1 to 0 leaves (y1 - p) / e: the error of Heun's method is far smaller."""
+    noise = jax.random.normal(jax.random.key(0), (2, 8, 48), jnp.float32)
+    exact = np.clip((0.1 + (np.asarray(noise) - 0.1) * np.exp(-1.0) + 1) * 127.5, 0, 255)
+    errors = {
+        name: np.abs(np.asarray(drawn_by(Known(0.1, curved=True), monkeypatch, sampler=name, steps=12), float) - exact)
+        for name in ("euler", "heun")
+    }
+    assert errors["heun"].mean() < 0.5 < errors["euler"].mean()
+
+
+def test_guidance_goes_beyond_the_condition(monkeypatch):
+    """Without: p + .4, with: p. At a scale of 2 the flow ends at p - .4."""
+    for scale, expected in ((1.0, 0.2), (2.0, -0.2), (0.0, 0.6)):
+        found = drawn_by(Known(0.2, 0.4), monkeypatch, sampler="euler", steps=5, guidance=scale)
+        np.testing.assert_allclose(np.asarray(found, float), (expected + 1) * 127.5, atol=1)
+
+
+def test_the_renderer_meets_true_noised_and_predicted_embeddings():
+    rng = np.random.default_rng(1)
+    batch = small.batch_of([[small.drawing(rng, (1, 2)), small.reading(rng)] for _ in range(6)], 64, 64)
+    plain = {"model__pixel_decoder__condition_noise": 0.0, "model__pixel_decoder__predicted_share": 0.0}
+    config = make_tiny_config(objective="unihetero", **plain)
+    params = jax.jit(lambda: unihetero.init_params(config.model, config.objective, 0))()
+    output = jax.jit(lambda p: unihetero.build(config.model, config.objective, p)(batch))(params)
+    true = np.asarray(output.vision.visual_embeddings)
+    predicted = jnp.full_like(output.hidden, 7.0)
+    np.testing.assert_array_equal(pixel_flow(config, output, batch, predicted)[1], true)
+
+    all_predicted = make_tiny_config(objective="unihetero", **plain | {"model__pixel_decoder__predicted_share": 1.0})
+    condition = np.asarray(pixel_flow(all_predicted, output, batch, predicted)[1])
+    images = np.asarray(batch.patch_segment_ids)[:, ::4]
+    assert (condition[images == 1] == 7).all(), "of the image that is drawn"
+    np.testing.assert_array_equal(condition[images == 2], true[images == 2])
+
+    noisy = make_tiny_config(objective="unihetero", **plain | {"model__pixel_decoder__condition_noise": 0.5})
+    amount = np.linalg.norm(np.asarray(pixel_flow(noisy, output, batch)[1]) - true, axis=-1)
+    relative = (amount / np.linalg.norm(true, axis=-1))[images > 0]
+    assert relative.max() < 0.8 and 0.05 < relative.mean() < 0.5 and relative.std() > 0.05
+    loss = loss_terms(
+        noisy, params, {}, batch, jnp.float32(1), {n: jnp.float32(1) for n in ("text", "visual", "pixel")}
+    )
+    assert np.isfinite(loss.sums["pixel"]) and loss.counts["pixel"] == (np.asarray(batch.patch_segment_ids) > 0).sum()
+
+
+@pytest.fixture(scope="module")
+def renderer(tiny_experiment, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("renderer") / "run"
+    config = tiny_experiment(
+        objective="unihetero", train__num_steps=2, model__pixel_decoder__num_layers=1, model__pixel_decoder__dim=16,
+        model__pixel_decoder__num_heads=2, model__pixel_decoder__mlp_dim=16, drawing__steps=3,
+    )  # fmt: skip
+    train(config, workdir)
+    return workdir
+
+
+def test_a_sheet_is_drawn_and_drawn_again_the_same(renderer, tmp_path, capsys):
+    picture = tmp_path / "scene.png"
+    Image.new("RGB", (48, 48), "navy").save(picture)
+    command = ["generate", f"--workdir={renderer}", "--prompt=a red circle", "--num-images=3", "--grid=2x3"]
+    for name in ("a", "b"):
+        assert cli.main([*command, f"--reconstruct={picture}", f"--output={tmp_path / name}.png", "--seed=4"]) == 0
+    assert "18 visual tokens" in capsys.readouterr().out
+    a, b = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("a", "b"))
+    np.testing.assert_array_equal(a, b)
+    assert cli.main([*command, f"--output={tmp_path / 'c.png'}", "--seed=5"]) == 0
+    assert np.asarray(Image.open(tmp_path / "c.png")).shape != a.shape
+
+
+def test_what_cannot_be_drawn_is_said(renderer, tmp_path, refused):
+    command = ["generate", f"--workdir={renderer}", "--num-images=2", "--prompt=a"]
+    assert "name the PNG file" in refused(*command)
+    assert "at most 9 visual tokens" in refused(*command, "--grid=9x9", f"--output={tmp_path / 'o.png'}")
+    assert "such as 3x3" in refused(*command, "--grid=nine", f"--output={tmp_path / 'o.png'}")
+    assert "no such file" in refused(*command, f"--reconstruct={tmp_path / 'no.png'}", f"--output={tmp_path / 'o.png'}")
+    assert "--prompt says of what" in refused(*command[:-1], f"--output={tmp_path / 'o.png'}")
