@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import typing
 
 import pytest
 
 from unihetero_jax import config as config_lib
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
-from unihetero_jax.config import ConfigError
+from unihetero_jax.config import ConfigError, Objective
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_all_faults_at_once_with_dotted_paths_and_hints(experiment):
         "seed.x: seed is no section",
         "train.num_steps: an override needs a value: --config.train.num_steps=value",
         "data.sources.onyl: no such entry; did you mean data.sources.only?; a new one also needs path, augment",
-        "objective: 'semantic_inputs' is none of 'understanding', 'semantic_input', 'semantic_encoder'"
+        f"objective: 'semantic_inputs' is none of {', '.join(map(repr, typing.get_args(Objective)))}"
         " (did you mean 'semantic_input'?)",
         "train.log_every_steps: expected int, got 'ten' (str)",
     ]

@@ -4,6 +4,7 @@
     OUT/vision_encoder/    SiglipVisionModel, Siglip2VisionModel or CLIPVisionModel; AutoImageProcessor
     OUT/projector/         safetensors under our own names: 2x2 merge, MLP, RMS norm; the grid embeddings of `<boi>`
     OUT/semantic_head/     the Generation Head, where the objective has one
+    OUT/pixel_decoder/     the pixel decoder, likewise
 
 Each folder stands alone: config.json, weights, a model card (README.md).
 """
@@ -40,6 +41,7 @@ from unihetero_jax.workdir import write_atomically
 OWN_PARTS: Mapping[str, tuple[str, ...]] = {
     "projector": ("projector/", "decoder/grid_height", "decoder/grid_width"),
     "semantic_head": ("semantic_head/",),
+    "pixel_decoder": ("pixel_decoder/",),
 }
 """Folders of parts that only this program has, and beginnings of the parameters in them."""
 
@@ -214,6 +216,7 @@ def _export_own(export: _Export, output: epath.Path, name: str) -> None:
         "model_type": f"unihetero_{name}", "objective": export.config.objective, "merged_patches": 4,
         "encoder_dim": model.encoder.dim, "decoder_dim": model.decoder.dim, "norm_eps": model.decoder.norm_eps,
         "projector": dataclasses.asdict(model.projector), "semantic_head": dataclasses.asdict(model.semantic_head),
+        "pixel_decoder": dataclasses.asdict(model.pixel_decoder), "patch_size": model.encoder.patch_size,
     })  # fmt: skip
     _write_card(
         export, output, name.replace("_", " "), "this program's own",
