@@ -84,12 +84,24 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         skipped = state.skipped + ~finite
         consecutive = jnp.where(finite, 0, state.consecutive_skips + 1)
         new_state = TrainState(state.step + 1, params, ema, opt_state, skipped, consecutive)
-        sums = {name: value for name, value in losses.sums.items() if name not in TARGET_SUMS}
         return new_state, StepMetrics(
-            losses.loss, sums, losses.counts, norms, finite, weight, batch_hash(batch), consecutive, skipped
+            losses.loss,
+            _scalar_sums(losses),
+            losses.counts,
+            norms,
+            finite,
+            weight,
+            batch_hash(batch),
+            consecutive,
+            skipped,
         )
 
     return train_step
+
+
+def _scalar_sums(losses: LossOutput) -> dict[str, Any]:
+    """What is logged: all but the sums per dimension that the head's statistics are made of."""
+    return {name: value for name, value in losses.sums.items() if name not in TARGET_SUMS}
 
 
 def _with_statistics(config: Config, params: Params, losses: LossOutput) -> Params:
@@ -143,8 +155,7 @@ def make_eval_step(config: Config, mesh: Mesh) -> Callable[[TrainState, Batch], 
     def eval_step(state: TrainState, batch: Batch) -> LossOutput:
         weight = visual_weight(config.loss, state.step)
         losses = loss_terms(config, state.params, state.ema, batch, weight, count_targets(config, batch))
-        sums = {name: value for name, value in losses.sums.items() if name not in TARGET_SUMS}
-        return dataclasses.replace(losses, sums=sums)
+        return dataclasses.replace(losses, sums=_scalar_sums(losses))
 
     def on_mesh(state: TrainState, batch: Batch) -> LossOutput:
         with activation_mesh(None if replicates else mesh):

@@ -163,7 +163,7 @@ def compare_runs(run_a: str, run_b: str, mode: str = "likelihood") -> list[Diffe
 SHARED_TREATMENT = (
     "loss.visual_weight", "loss.visual_weight_start", "loss.visual_ramp_steps", "loss.visual_loss", "loss.target_norm",
     "loss.target", "loss.ema_decay", "loss.cut_input_gradient", "loss.visual_loss_on", "loss.pixel_weight",
-    "model.semantic_head", "model.pixel_decoder", "optimizer.frozen",
+    "model.semantic_head", "model.pixel_decoder",
 )  # fmt: skip
 """What is to be equal where objectives are compared that differ in what they predict."""
 SHARED_SETTING = (
@@ -182,7 +182,7 @@ def unlike_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     treated = all(visual_target(one["objective"]) or pixel_role(one["objective"]) for one in (a, b))
     # How rows are read, and where from, is no part of the stream.
     paths = SHARED_SETTING + (SHARED_TREATMENT if treated else ())
-    ignored = ("data.num_threads", "data.prefetch_batches", "data.cache", "optimizer.frozen" if not treated else "-")
+    ignored = ("data.num_threads", "data.prefetch_batches", "data.cache")
     found = []
     for change in differences(a, b):
         path = change.partition(":")[0]

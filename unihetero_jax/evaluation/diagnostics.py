@@ -94,10 +94,14 @@ def drawing_prompts(config: Config, tokenizer: Tokenizer, samples: list[PackedSa
     for sample in samples:
         before = list(itertools.takewhile(lambda piece: not isinstance(piece, ImagePiece), sample.pieces))
         prompts.append(PackedSample(before))
-    batch = prompt_batch(config, tokenizer, prompts)
+    return with_grid(prompt_batch(config, tokenizer, prompts), grid)
+
+
+def with_grid(batch: Batch, grid: tuple[int, int]) -> Batch:
+    """Prompts whose last position is a `<boi>` that asks for an image of this grid."""
     last = np.sum(np.asarray(batch.segment_ids) > 0, axis=1) - 1
     boi_grid: Any = np.array(batch.boi_grid)
-    boi_grid[np.arange(len(prompts)), last] = grid
+    boi_grid[np.arange(len(last)), last] = grid
     return dataclasses.replace(batch, boi_grid=boi_grid)
 
 

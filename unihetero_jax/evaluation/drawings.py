@@ -1,9 +1,7 @@
 """Pictures that a run draws: from text by a rollout, and of given images from their own embeddings."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +12,7 @@ from unihetero_jax.data.packing import ImagePiece, PackedSample, TokenPiece
 from unihetero_jax.data.records import decode_image
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
-from unihetero_jax.evaluation.diagnostics import common_grid, see_images
+from unihetero_jax.evaluation.diagnostics import common_grid, see_images, with_grid
 from unihetero_jax.inference.draw import draw_images
 from unihetero_jax.inference.generate import prompt_batch
 from unihetero_jax.inference.rollout import rollout
@@ -39,11 +37,7 @@ def draw_from_texts(
             "(data.image_max_patches / 4)"
         )
     prompts = [PackedSample([TokenPiece(tokenizer.encode(text)), TokenPiece([tokenizer.boi_id])]) for text in texts]
-    batch = prompt_batch(config, tokenizer, prompts)
-    last = np.sum(np.asarray(batch.segment_ids) > 0, axis=1) - 1
-    boi_grid: Any = np.array(batch.boi_grid)
-    boi_grid[np.arange(len(prompts)), last] = grid
-    batch = dataclasses.replace(batch, boi_grid=boi_grid)
+    batch = with_grid(prompt_batch(config, tokenizer, prompts), grid)
     key = jax.random.key(seed)
     embeddings = fetch(rollout(config, params, batch, num_tokens, jax.random.fold_in(key, 0)))
     return draw_images(config, params, embeddings, grid, jax.random.fold_in(key, 1))
