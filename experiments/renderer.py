@@ -12,15 +12,13 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments import base
+from experiments import base, quickstart
 
 KEPT = ("encoder", "projector", "decoder", "semantic_head")
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The renderer of a run; the argument is its workdir. Without one, the model of the quickstart at random."""
-    from experiments import quickstart
-
     config = quickstart.get_config()
     if arg:
         stored = Path(arg) / "config.json"

@@ -41,7 +41,7 @@ class Known:
         tau = flow.tau[..., None]
         point = jnp.where(is_conditioned.all(), self.point, self.point + self.shifted)
         if self.curved:
-            return 3 * (flow.noisy - point) * tau**2 + 0 * flow.noisy
+            return 3 * (flow.noisy - point) * tau**2
         return (flow.noisy - point) / jnp.maximum(tau, 1e-6)
 
 

@@ -4,14 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from unihetero_jax.arrays import Batch, Cache, typechecked
 from unihetero_jax.config import Config
 from unihetero_jax.model.unihetero import Params, UniHetero, build
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_tokens", "num_given"))
+@functools.partial(jax.jit, static_argnames=("config", "num_tokens"))
 @typechecked
 def rollout(
     config: Config,
@@ -20,7 +20,7 @@ def rollout(
     num_tokens: int,
     key: PRNGKeyArray,
     true: Float[Array, "B N D"] | None = None,
-    num_given: int = 0,
+    num_given: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B N D"]:
     """Predicts `num_tokens` visual embeddings after prompts that end in `<boi>` with its grid.
 
@@ -33,12 +33,11 @@ def rollout(
         key: of the noise that a flow head draws from; a regression head has no use for it.
         true: the true embeddings, of which the first `num_given` are fed instead of the predictions: with all of them
             this is teacher forcing.
-        num_given: how many.
+        num_given: how many; one program serves all numbers.
 
     Returns:
         The predicted embeddings in the language model's input space.
     """
-    assert num_given == 0 or true is not None
     model = build(config.model, config.objective, params)
     last, cache = prefilled(model, batch, num_tokens)
     return roll_on(model, last, cache, num_tokens, key, true, num_given)[0]
@@ -57,7 +56,7 @@ def roll_on(
     num_tokens: int,
     key: PRNGKeyArray,
     true: Float[Array, "B N D"] | None = None,
-    num_given: int = 0,
+    num_given: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B D"], Cache]:
     """The rollout from a hidden state: predictions, and the hidden state and the cache after them."""
 
