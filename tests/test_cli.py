@@ -60,6 +60,12 @@ def test_one_step_makes_a_world_a_checkpoint_and_a_validation(trained):
     assert not list((workdir.parent.parent / "made").glob("*.partial*"))
 
 
+def test_a_scene_world_has_the_seed_that_is_asked_for(tmp_path, tiny_experiment):
+    changes = {"scene_world__path": str(tmp_path / "world"), "scene_world__num_scenes": 4, "scene_world__seed": 9}
+    cli._make_scene_world(tiny_experiment(**changes))
+    assert json.loads((tmp_path / "world" / "manifest.json").read_text())["seed"] == 9
+
+
 def test_evaluate_writes_results_and_prints_them(trained, tiny_world, capsys):
     workdir, _ = trained
     assert main(["evaluate", f"--workdir={workdir}", f"--benchmarks={tiny_world / 'questions.tsv'}"]) == 0

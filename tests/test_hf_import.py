@@ -95,6 +95,18 @@ def test_what_comes_in_goes_out_bit_for_bit(tmp_path, language, vision):
         assert "UniHetero" in (out / name / "README.md").read_text()
 
 
+def test_the_pixel_decoder_goes_out_with_its_sizes(tmp_path):
+    workdir, *_ = imported(tmp_path, "qwen2", "siglip2", "--config.objective=unihetero")
+    out = tmp_path / "out"
+    assert main(["export-hf", f"--workdir={workdir}", f"--output={out}"]) == 0
+    run = load_run(str(workdir), -1, 0)
+    written = load_file(out / "pixel_decoder" / "model.safetensors")
+    assert len(written) == len(jax.tree.leaves(run.params["pixel_decoder"]))
+    np.testing.assert_array_equal(written["pixel_decoder/patch/kernel"], run.params["pixel_decoder"]["patch"]["kernel"])
+    sizes = json.loads((out / "pixel_decoder" / "config.json").read_text())
+    assert sizes["pixel_decoder"]["dim"] == run.config.model.pixel_decoder.dim and sizes["patch_size"] == 4
+
+
 def test_new_rows_are_the_mean_and_spare_ones_stay(tmp_path):
     workdir, folder, _ = imported(tmp_path)
     run = load_run(str(workdir), -1, 0)

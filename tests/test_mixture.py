@@ -272,7 +272,7 @@ def test_a_coin_orders_pairs_anew_in_every_epoch(tmp_path, tokenizer, tokenizer_
     write_source(tmp_path / "a", "a", tokenizer, {"train": pair, "val": pair})
     write_source(tmp_path / "b", "b", tokenizer, {"train": make_records("b", 31)})
 
-    def text_first(share, **fields):
+    def text_first(share, objective="semantic_input", **fields):
         """Epoch by epoch, whether each record of `a` was drawn text first: then its image carries the loss."""
         source = {"path": str(tmp_path / "a"), "weight": 30.0, "augment": "none"}
         source |= {"order": "coin", "text_first_share": share, **fields}
@@ -283,6 +283,7 @@ def test_a_coin_orders_pairs_anew_in_every_epoch(tmp_path, tokenizer, tokenizer_
             tokenizer=str(tokenizer_folder), row_tokens=100, row_patches=36, image_min_patches=4, num_data_shards=1
         )
         config.train.global_batch_rows = 1
+        config.objective = objective
         iterator = mixture.make_train_iterator(from_config_dict(config), tokenizer)
         seen = {}
         while len(seen) < 120:
@@ -294,6 +295,7 @@ def test_a_coin_orders_pairs_anew_in_every_epoch(tmp_path, tokenizer, tokenizer_
         iterator.close()
         return {key: values[0] for key, values in seen.items()}
 
+    assert not any(text_first(1.0, objective="understanding_i2t").values()), "the fair baseline reads every image first"
     half = text_first(0.5)
     assert 40 < sum(half.values()) < 80
     both = [name for name, epoch in half if epoch == 1]
