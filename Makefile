@@ -14,7 +14,7 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-compare real test test-all test-beam parity parity-golden lint format bench tpu-aot compile-ahead clean
+.PHONY: help install demo demo-compare demo-images real test test-all test-beam parity parity-golden lint format bench tpu-aot compile-ahead clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 
 demo: $(STAMP) ## train on the scene world, evaluate, caption four scenes: runs/demo
 	$(PY) -m experiments.demo --workdir=runs/demo
+
+demo-images: $(STAMP) ## train until scenes are drawn from captions, and read what was drawn: runs/demo-images
+	$(PY) -m experiments.demo_images --workdir=runs/demo-images
 
 demo-compare: $(STAMP) ## the demo, with and without a visual loss at equal budget
 	$(PY) -m experiments.demo --workdir=runs/demo --compare

@@ -36,6 +36,10 @@ HELD_OUT = frozenset({
 
 BACKGROUND = (48, 48, 52)
 IMAGE_SIZE: dict[Level, int] = {"easy": 48, "hard": 64}
+CELL = IMAGE_SIZE["easy"] // 3
+"""Side of a cell of the easy level's grid, in pixels."""
+RADII = {"small": 5.0, "large": 7.2}
+"""Of the easy level's objects, in pixels."""
 MAX_OBJECTS: dict[Level, int] = {"easy": 4, "hard": 8}
 FIRST_INDEX: dict[Split, int] = {"train": 0, "test": 1_000_000_000, "heldout": 2_000_000_000, "val": 3_000_000_000}
 """Where each split's indices begin, so that no scene of one is ever a scene of another."""
@@ -107,16 +111,20 @@ def _draw_pair(rng: np.random.Generator, earlier: Sequence[SceneObject]) -> tupl
 
 
 def _grid_places(rng: np.random.Generator, num_objects: int) -> list[tuple[float, float, str, float]]:
-    cell = IMAGE_SIZE["easy"] // 3
     places = []
     for number in rng.permutation(9)[:num_objects]:
         size = SIZES[rng.integers(2)]
-        radius = {"small": 5.0, "large": 7.2}[size]
-        room = cell / 2 - radius - 0.5
+        radius = RADII[size]
+        room = jitter_room(radius)
         jitter = rng.uniform(-room, room, 2)
-        x, y = ((number % 3) + 0.5) * cell + jitter[0], ((number // 3) + 0.5) * cell + jitter[1]
+        x, y = ((number % 3) + 0.5) * CELL + jitter[0], ((number // 3) + 0.5) * CELL + jitter[1]
         places.append((float(x), float(y), size, radius))
     return places
+
+
+def jitter_room(radius: float) -> float:
+    """How far an object of the easy level may stand from the middle of its cell, in pixels: it never leaves it."""
+    return CELL / 2 - radius - 0.5
 
 
 def _free_places(rng: np.random.Generator, num_objects: int) -> list[tuple[float, float, str, float]]:
@@ -144,12 +152,18 @@ def render(scene: Scene, seed: int = 0, split: Split = "train") -> np.ndarray:
         reach = int(np.ceil(item.radius)) + 1
         top, left = max(int(item.y) - reach, 0), max(int(item.x) - reach, 0)
         bottom, right = min(int(item.y) + reach + 1, size), min(int(item.x) + reach + 1, size)
-        dy = np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - item.y
-        dx = np.arange(left, right, dtype=np.float32)[None, :] + 0.5 - item.x
-        cover = np.clip(0.5 - _distance(item.shape, dx, dy, item.radius), 0, 1)[..., None]
+        covered = cover(item.shape, item.radius, (item.x, item.y), (top, left, bottom, right))[..., None]
         window = canvas[top:bottom, left:right]
-        window += cover * (np.asarray(COLORS[item.color], np.float32) - window)
+        window += covered * (np.asarray(COLORS[item.color], np.float32) - window)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+
+
+def cover(shape: str, radius: float, centre: tuple[float, float], window: tuple[int, int, int, int]) -> np.ndarray:
+    """How much of each pixel of the window (top, left, bottom, right) a shape at (x, y) covers, in [0, 1]."""
+    top, left, bottom, right = window
+    dx = np.arange(left, right, dtype=np.float32)[None, :] + 0.5 - centre[0]
+    dy = np.arange(top, bottom, dtype=np.float32)[:, None] + 0.5 - centre[1]
+    return np.clip(0.5 - _distance(shape, dx, dy, radius), 0, 1)
 
 
 def _distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:

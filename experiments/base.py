@@ -91,6 +91,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "target_shift": 1,
                 "target_shuffled": False,
                 "pixel_weight": 1.0,
+                "pixel_ema_decay": 0.995,  # some 200 steps: runs of the base are a thousand or two
                 "text_chunk": 128,
             },
             "optimizer": {

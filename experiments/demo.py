@@ -2,8 +2,9 @@
 
     python -m experiments.demo --workdir=runs/demo [--compare] [--export=reference/demo]
 
-Writes <workdir>/summary.json and <workdir>/sheet.png. With `--compare` the same budget is also trained without a visual
-loss, in <workdir>-understanding, and both are printed side by side. With `--export` the trained parameters, the
+Writes <workdir>/summary.json, <workdir>/sheet.png (what it says of new scenes) and <workdir>/rollouts.png (what it
+imagines for captions, drawn from blocks of true scenes). With `--compare` the same budget is also trained without a
+visual loss, in <workdir>-understanding, and both are printed side by side. With `--export` the trained parameters, the
 tokenizer, the questions and the metric curve are written to a folder that stands alone (the repository keeps one).
 """
 
@@ -24,6 +25,7 @@ from data_pipelines.scene_questions import Question, make_questions
 from data_pipelines.scene_world import CAPTION_PROMPT
 from data_pipelines.scenes import Level, caption, encode_png, make_scene, render, scene_rng
 from experiments import quickstart
+from experiments.scene_drawings import fidelity_table, predicted_embeddings, scene_bank, unseen_scenes
 from unihetero_jax.checkpoint import Checkpointer
 from unihetero_jax.cli import load_run, make_log_probs, run_training
 from unihetero_jax.config import Config, from_config_dict, visual_target
@@ -32,7 +34,7 @@ from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import Item
 from unihetero_jax.evaluation.multiple_choice import score_items
 from unihetero_jax.evaluation.scoring import OptionScores
-from unihetero_jax.evaluation.sheet import SheetEntry, SheetQuestion, draw_sheet
+from unihetero_jax.evaluation.sheet import SheetEntry, SheetQuestion, draw_pictures, draw_sheet
 from unihetero_jax.inference.generate import Prompt, generate_text
 from unihetero_jax.model.unihetero import Params
 from unihetero_jax.train import Interrupted
@@ -40,6 +42,7 @@ from unihetero_jax.train import Interrupted
 SHEET_SCENES = range(900_000, 900_004)
 """Indices of the test split that no question file reaches."""
 QUESTIONS_PER_SCENE = 4
+ROLLOUTS, SHEET_ROLLOUTS = 128, 6
 WALL_CLOCK = "wall_clock_s"
 """File in the workdir that adds up the seconds of a demo that was interrupted and started again."""
 
@@ -77,7 +80,8 @@ def run_demo(config: Config, workdir: Path) -> dict[str, Any]:
     with _wall_clock(workdir) as seconds:
         state = run_training(config, os.fspath(workdir))
         draw_scenes(config, state.params, workdir / "sheet.png")
-        summary = summarise(config, workdir, seconds())
+        drawn = draw_rollouts(config, state.params, workdir / "rollouts.png") if _imagines(config) else None
+        summary = summarise(config, workdir, seconds(), drawn)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(
         f"{summary['wall_s']:.0f} s, {summary['peak_rss_gib']:.2f} GiB; "
@@ -103,8 +107,8 @@ def _wall_clock(workdir: Path) -> Iterator[Callable[[], float]]:
             path.write_text(f"{seconds():.1f}\n")
 
 
-def summarise(config: Config, workdir: Path, wall_s: float) -> dict[str, Any]:
-    """What summary.json holds, from the result files of the last step."""
+def summarise(config: Config, workdir: Path, wall_s: float, drawn: dict[str, float] | None) -> dict[str, Any]:
+    """What summary.json holds, from the result files of the last step and what was read in imagined scenes."""
 
     def result(name: str) -> dict[str, Any]:
         return json.loads((workdir / "eval" / f"{name}-{config.train.num_steps}.json").read_text())
@@ -119,6 +123,7 @@ def summarise(config: Config, workdir: Path, wall_s: float) -> dict[str, Any]:
         "accuracy": accuracy("scenes"),
         "accuracy_heldout": accuracy("scenes_heldout"),
         "rollout": result("rollout") if visual_target(config.objective) else None,
+        "drawn": drawn,
         "wall_s": round(wall_s, 1),
         "peak_rss_gib": max(
             round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3), _earlier_peak(workdir)
@@ -163,6 +168,22 @@ def draw_scenes(config: Config, params: Params, path: Path) -> None:
         )
         entries.append(SheetEntry(picture, text, caption(scene, rng), answered))
     draw_sheet(entries, path)
+
+
+def _imagines(config: Config) -> bool:
+    return visual_target(config.objective) in ("input", "encoder")
+
+
+def draw_rollouts(config: Config, params: Params, path: Path) -> dict[str, float]:
+    """Scenes imagined for unseen captions, beside the true ones; returns what the reader finds right in them."""
+    tokenizer, asked = load_tokenizer(config.data.tokenizer), unseen_scenes(ROLLOUTS)
+    predicted = predicted_embeddings(config, params, tokenizer, asked.captions, 0)
+    drawn = scene_bank(config, params, tokenizer).draw(predicted)
+    found = {"imagined from captions": asked.fidelity(drawn), "another scene (blind floor)": asked.of_other_scenes()}
+    print(fidelity_table(found))
+    rows = [(asked.captions[i], [asked.pictures[i], drawn[i]]) for i in range(SHEET_ROLLOUTS)]
+    draw_pictures(rows, path, ["true scene", "imagined"])
+    return dict(found["imagined from captions"].shares)
 
 
 def _chosen(question: Question, scores: OptionScores) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from experiments import demo
+from experiments import demo, demo_images, scene_drawings
 from unihetero_jax import cli
 
 KINDS = {"color", "shape", "location", "count", "relation", "existence"}
@@ -22,7 +22,9 @@ def finished(tiny_experiment, tiny_world, tmp_path_factory):
             ("scenes", "questions"), ("scenes_heldout", "questions_heldout"))},
     )  # fmt: skip
     workdir = tmp_path_factory.mktemp("demo") / "run"
-    return workdir, demo.run_demo(config, workdir), config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scene_drawings, "BANK_SCENES", 40)
+        yield workdir, demo.run_demo(config, workdir), config
 
 
 def test_the_summary_has_the_keys_that_scripts_rely_on(finished):
@@ -93,6 +95,34 @@ def test_the_sheet_is_a_picture_with_content(finished):
     assert min(picture.size) > 300 and len(picture.getcolors(2**20)) > 50
 
 
+def test_scenes_imagined_for_captions_are_drawn_and_read(finished):
+    """Blocks come from true scenes, so whatever an untrained model imagines is objects of the world."""
+    workdir, summary, _ = finished
+    assert summary["drawn"].keys() == {"object", "color", "shape", "size", "count", "scene"}
+    assert all(0 <= share <= 1 for share in summary["drawn"].values())
+    picture = Image.open(workdir / "rollouts.png").convert("RGB")
+    assert min(picture.size) > 300 and len(picture.getcolors(2**20)) > 50
+
+
+def test_images_of_a_renderer_are_drawn_and_read(tiny_experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_images, "NUM_SCENES", 9)
+    monkeypatch.setattr(demo_images, "KEPT_EVERY", 1)
+    monkeypatch.setattr(scene_drawings, "BANK_SCENES", 40)
+    config = tiny_experiment(
+        objective="unihetero", train__num_steps=2, checkpoint__every_steps=1, drawing__steps=2,
+        model__pixel_decoder__num_layers=1,
+    )  # fmt: skip
+    cli.run_training(config, str(tmp_path))
+    found = demo_images.draw(tmp_path)
+    assert set(found["true pictures (the reader's accuracy)"].shares.values()) == {1.0}
+    assert "drawn from captions" in capsys.readouterr().out
+    stored = json.loads((tmp_path / "images.json").read_text())
+    assert stored["step"] == 2 and stored["fidelity"].keys() == found.keys()
+    for name, rows in (("images", 8), ("training", 3)):
+        with Image.open(tmp_path / f"{name}.png") as sheet:
+            assert sheet.height == rows * 240
+
+
 def test_a_finished_demo_started_again_keeps_its_clock(finished):
     workdir, summary, config = finished
     again = demo.run_demo(config, workdir)
@@ -136,9 +166,9 @@ def test_what_the_evaluation_lacks_is_said_before_training(tiny_experiment, tmp_
 
 
 def test_summary_keys_do_not_depend_on_the_objective(finished):
-    """`objective=understanding` draws nothing: `rollout` is null, not absent."""
+    """`objective=understanding` draws nothing: `rollout` and `drawn` are null, not absent."""
     workdir, summary, _ = finished
     (workdir / "eval" / "rollout-2.json").unlink()
     config = types.SimpleNamespace(objective="understanding", train=types.SimpleNamespace(num_steps=2))
-    again = demo.summarise(config, workdir, 1.0)
+    again = demo.summarise(config, workdir, 1.0, None)
     assert again["rollout"] is None and again.keys() == summary.keys()

@@ -10,11 +10,17 @@ import small
 from conftest import make_tiny_config
 from PIL import Image
 
+from data_pipelines.scenes import encode_png
 from unihetero_jax import cli
-from unihetero_jax.data.transforms import patchify, unpatchify
+from unihetero_jax.checkpoint import restore_subtree
+from unihetero_jax.data.mixture import image_spec
+from unihetero_jax.data.tokenizer import load_tokenizer
+from unihetero_jax.data.transforms import patchify, resize_to_grid, unpatchify
+from unihetero_jax.evaluation.drawings import BlockBank, block_bank
 from unihetero_jax.inference import draw
 from unihetero_jax.model import unihetero
 from unihetero_jax.objectives import pixel_flow
+from unihetero_jax.state import averages_of_targets, ema_components, params_in_use, update_ema
 from unihetero_jax.step import loss_terms
 from unihetero_jax.train import train
 
@@ -135,3 +141,50 @@ def test_what_cannot_be_drawn_is_said(renderer, tmp_path, refused):
     assert "such as 3x3" in refused(*command, "--grid=nine", f"--output={tmp_path / 'o.png'}")
     assert "no such file" in refused(*command, f"--reconstruct={tmp_path / 'no.png'}", f"--output={tmp_path / 'o.png'}")
     assert "--prompt says of what" in refused(*command[:-1], f"--output={tmp_path / 'o.png'}")
+
+
+def test_a_bank_gives_back_its_own_images_and_the_nearest_block_of_others():
+    """Two images of two blocks; an embedding between them takes the nearer, from its own place."""
+    blocks = np.arange(4, dtype=np.uint8).reshape(2, 2, 1, 1, 1) * np.ones((2, 2, 8, 8, 3), np.uint8)
+    embeddings = np.array([[[1, 0], [0, 1]], [[0, 1], [1, 0]]], np.float32)
+    bank = BlockBank(embeddings, blocks, (1, 2))
+    own = bank.draw(3 * embeddings)
+    np.testing.assert_array_equal(np.stack(own)[:, 0, ::8, 0], [[0, 1], [2, 3]])
+    (mixed,) = bank.draw(np.array([[[0.2, 0.9], [0.1, 0.8]]], np.float32))
+    np.testing.assert_array_equal(mixed[0, ::8, 0], [2, 1])
+    assert mixed.shape == (8, 16, 3)
+
+
+def test_a_bank_of_a_run_draws_its_images_as_they_are(tiny_world):
+    config, tokenizer = make_tiny_config(), load_tokenizer(tiny_world / "tokenizer")
+    pictures = [np.random.default_rng(i).integers(0, 256, (16, 16, 3)).astype(np.uint8) for i in range(3)]
+    params = unihetero.init_params(config.model, config.objective, 0)
+    files = [encode_png(picture) for picture in pictures]
+    bank = block_bank(config, params, tokenizer, files)
+    for drawn, picture in zip(bank.draw(bank.embeddings), pictures, strict=True):
+        np.testing.assert_array_equal(drawn, resize_to_grid(picture, image_spec(config)))
+
+
+def test_the_pixel_decoder_that_draws_is_its_average():
+    """After two steps by hand: a <- d a + (1 - d) p; the targets' average has its own decay and is not drawn with."""
+    config = make_tiny_config(objective="unihetero", loss__pixel_ema_decay=0.75)
+    assert ema_components(config) == ("encoder", "projector", "pixel_decoder")
+    ema = {"encoder": jnp.float32(0), "pixel_decoder": jnp.float32(0)}
+    for value in (4.0, 8.0):
+        ema = update_ema(config, ema, {"encoder": jnp.float32(value), "pixel_decoder": jnp.float32(value)})
+    assert float(ema["pixel_decoder"]) == 0.75 * 1.0 + 0.25 * 8.0
+    decay = config.loss.ema_decay
+    assert float(ema["encoder"]) == pytest.approx(decay * (1 - decay) * 4 + (1 - decay) * 8)
+    used = params_in_use({"encoder": 1.0, "pixel_decoder": 2.0}, ema)
+    assert used == {"encoder": 1.0, "pixel_decoder": ema["pixel_decoder"]}
+    assert averages_of_targets(ema).keys() == {"encoder"}
+    plain = make_tiny_config(objective="unihetero", loss__pixel_ema_decay=0.0)
+    assert "pixel_decoder" not in ema_components(plain)
+
+
+def test_a_run_is_loaded_with_the_average(renderer):
+    stored = restore_subtree(renderer, None, ["params/pixel_decoder", "ema/pixel_decoder"])[1]
+    loaded = cli.load_run(str(renderer), -1, 0).params["pixel_decoder"]
+    for averaged, used in zip(*map(jax.tree.leaves, (stored["ema"], loaded)), strict=True):
+        np.testing.assert_array_equal(used, averaged)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (stored["params"], loaded)), strict=True))

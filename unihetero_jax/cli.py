@@ -60,7 +60,7 @@ from unihetero_jax.model.attention import require_segments_alone
 from unihetero_jax.model.unihetero import Params, build
 from unihetero_jax.profiling import parse_range
 from unihetero_jax.sharding import activation_mesh, fetch, local_rows, make_mesh, to_global
-from unihetero_jax.state import TrainState
+from unihetero_jax.state import TrainState, params_in_use
 from unihetero_jax.step import abstract_state
 from unihetero_jax.storage import StorageError, list_folder, local_target, read_bytes, to_path
 from unihetero_jax.text_loss import text_nll
@@ -560,7 +560,7 @@ def _rolls_out(config: Config) -> bool:
 def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -> dict[str, Any]:
     """Benchmarks and, where images are generated, rollout retrieval; writes eval/*.json and prints both."""
     tokenizer = load_tokenizer(config.data.tokenizer)
-    params = _one_replicate(state.params, config, 0)
+    params = _one_replicate(params_in_use(state.params, state.ema), config, 0)
     run = Run(config, config_hash(config), step, params, tokenizer)
     results: dict[str, Any] = {}
     folder = to_path(workdir) / "eval"
@@ -640,9 +640,12 @@ def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] =
             f"one that {workdir} was trained with ({metadata['data']['tokenizer']}); name that one by "
             "--config.data.tokenizer"
         )
-    target = {"params": abstract_state(config, make_mesh(config.mesh)).params}
-    _, restored, _ = restore_subtree(workdir, stored_step, ["params"], target)
-    params = _one_replicate(restored["params"], config, replicate)
+    state = abstract_state(config, make_mesh(config.mesh))
+    averaged = params_in_use({}, state.ema)
+    prefixes = ["params", *(f"ema/{name}" for name in averaged)]
+    target: dict[str, Any] = {"params": state.params} | ({"ema": averaged} if averaged else {})
+    _, restored, _ = restore_subtree(workdir, stored_step, prefixes, target)
+    params = _one_replicate(params_in_use(restored["params"], restored.get("ema", {})), config, replicate)
     return Run(config, metadata["config_hash"], stored_step, params, tokenizer)
 
 

@@ -226,6 +226,8 @@ class LossConfig:
             generation (a control).
         target_shuffled: targets are those of another image of the batch (a control).
         pixel_weight: mu, of the pixel decoder's loss.
+        pixel_ema_decay: decay of the average of the pixel decoder's parameters, which draws in its place (as diffusion
+            models do since arXiv 2006.11239); 0 for none.
         text_chunk: supervised positions of a device's rows whose logits exist at one time; bounds their memory.
     """
 
@@ -242,6 +244,7 @@ class LossConfig:
     target_shift: int = 1
     target_shuffled: bool = False
     pixel_weight: float = 1.0
+    pixel_ema_decay: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -855,6 +858,7 @@ def _validate_optimization(optimizer: OptimizerConfig, loss: LossConfig) -> list
             f"optimizer.{', '.join(f'{name}_lr' for name in COMPONENTS)} must not be negative",
         ),
         (0 <= loss.ema_decay < 1, f"loss.ema_decay {loss.ema_decay} must lie in [0, 1)"),
+        (0 <= loss.pixel_ema_decay < 1, f"loss.pixel_ema_decay {loss.pixel_ema_decay} must lie in [0, 1)"),
         (
             loss.visual_weight >= 0 and loss.visual_weight_start >= 0,
             "loss.visual_weight and visual_weight_start must not be negative",

@@ -254,25 +254,30 @@ def _semantic_head_weights(model: ModelConfig, objective: Objective) -> int:
 def _pixel_decoder_flops(config: Config, work: Work) -> float:
     """Forward, over all patches of the rows; attention over whole images, or the four patches of a block."""
     decoder = config.model.pixel_decoder
-    conditions = 2 * work.patches / MERGED_PATCHES * config.model.decoder.dim * decoder.dim
+    control = 2 * work.patches / MERGED_PATCHES * _pixel_control_weights(config.model)
     pairs = MERGED_PATCHES * work.patches
     if pixel_role(config.objective) == "renderer":
         causal = config.model.encoder.attention == "causal"
         pairs = 2 * work.patch_pairs - MERGED_PATCHES * work.patches if causal else work.patch_pairs
     attention = 4 * pairs * decoder.dim * decoder.num_layers
-    return conditions + 2 * work.patches * _pixel_decoder_weights(config.model) + attention
+    return control + 2 * work.patches * _pixel_decoder_weights(config.model) + attention
 
 
 def _pixel_decoder_weights(model: ModelConfig) -> int:
-    """Weights that every patch is multiplied with: patch in and out, time, blocks and the last norm's modulation."""
+    """Weights that every patch is multiplied with: patch in and out, attention and MLP of the blocks."""
     dim, mlp_dim = model.pixel_decoder.dim, model.pixel_decoder.mlp_dim
-    block = (6 + 4) * dim**2 + 2 * dim * mlp_dim
-    return 2 * patch_values(model.encoder) * dim + 2 * dim**2 + model.pixel_decoder.num_layers * block + 2 * dim**2
+    return 2 * patch_values(model.encoder) * dim + model.pixel_decoder.num_layers * (4 * dim**2 + 2 * dim * mlp_dim)
+
+
+def _pixel_control_weights(model: ModelConfig) -> int:
+    """Weights that every visual token is multiplied with: condition, time and the norms' modulations."""
+    dim = model.pixel_decoder.dim
+    return model.decoder.dim * dim + 2 * dim**2 + (6 * model.pixel_decoder.num_layers + 2) * dim**2
 
 
 def _pixel_decoder_parameters(model: ModelConfig) -> int:
     decoder, values = model.pixel_decoder, patch_values(model.encoder)
-    conditions = model.decoder.dim * decoder.dim + 2 * decoder.dim
+    conditions = _pixel_control_weights(model) + 2 * decoder.dim
     biases = decoder.dim + values + 2 * decoder.dim + 2 * decoder.dim
     block_biases = 6 * decoder.dim + 4 * decoder.dim + decoder.mlp_dim + decoder.dim
     return _pixel_decoder_weights(model) + conditions + biases + decoder.num_layers * block_biases

@@ -10,8 +10,10 @@ from jaxtyping import Array, Int
 
 from unihetero_jax import optim
 from unihetero_jax.arrays import pytree_dataclass
-from unihetero_jax.config import Config, visual_target
+from unihetero_jax.config import Config, pixel_role, visual_target
 from unihetero_jax.sharding import shardings_for
+
+_PIXELS = "pixel_decoder"
 
 
 @pytree_dataclass
@@ -21,7 +23,8 @@ class TrainState:
     Attributes:
         step: steps taken, skipped ones included.
         params: parameters by component.
-        ema: the components that give the visual targets, by `ema_components`; empty when the online ones do.
+        ema: averages of components, by `ema_components`: those that give the visual targets (unless the online ones
+            do), and the pixel decoder that draws.
         opt_state: moments of the trainable components.
         skipped: steps whose gradient was not finite and that changed nothing.
         consecutive_skips: of those, how many in a row up to now.
@@ -36,6 +39,12 @@ class TrainState:
 
 
 def ema_components(config: Config) -> tuple[str, ...]:
+    """The components whose averages the state holds."""
+    draws = pixel_role(config.objective) and config.loss.pixel_ema_decay and _PIXELS not in config.optimizer.frozen
+    return (*target_components(config), *((_PIXELS,) if draws else ()))
+
+
+def target_components(config: Config) -> tuple[str, ...]:
     """The components kept beside the trained ones for the targets: of the moving average, the projector, and the
     encoder if it trains; for random targets, an encoder that stays as it was drawn.
 
@@ -51,12 +60,22 @@ def ema_components(config: Config) -> tuple[str, ...]:
     return tuple(name for name in needed if name not in config.optimizer.frozen)
 
 
+def averages_of_targets(ema: dict[str, Any]) -> dict[str, Any]:
+    """Those of the averages that the visual targets come from."""
+    return {name: tree for name, tree in ema.items() if name != _PIXELS}
+
+
+def params_in_use(params: dict[str, Any], ema: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as they are evaluated: the trained ones, but of a pixel decoder its average, if there is one."""
+    return params | {name: tree for name, tree in ema.items() if name == _PIXELS}
+
+
 def create_state(
     config: Config, params: dict[str, Any], optimizer: optax.GradientTransformation, random_encoder: Any = None
 ) -> TrainState:
     """A state at step 0 over these parameters; `random_encoder` gives random targets, for an objective with such."""
     zero = jnp.zeros((), jnp.int32)
-    start = params if random_encoder is None else {"encoder": random_encoder}
+    start = params if random_encoder is None else params | {"encoder": random_encoder}
     averaged = {name: jax.tree.map(jnp.copy, start[name]) for name in ema_components(config)}
     moments = optimizer.init(optim.trainable(params, config.optimizer.frozen))
     return TrainState(zero, params, averaged, moments, zero, zero)
@@ -86,9 +105,12 @@ def state_shardings(config: Config, abstract: TrainState, axes: dict[str, Any], 
     return TrainState(*shardings)
 
 
-def update_ema(ema: dict[str, Any], params: dict[str, Any], decay: float) -> dict[str, Any]:
-    """`ema <- decay * ema + (1 - decay) * params` for the averaged components."""
-    return {
-        name: jax.tree.map(lambda average, value: average + (1 - decay) * (value - average), tree, params[name])
-        for name, tree in ema.items()
-    }
+def update_ema(config: Config, ema: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
+    """`ema <- decay * ema + (1 - decay) * params` for the averaged components; a random encoder stays as it is."""
+    decays = dict.fromkeys(ema, 1.0 if visual_target(config.objective) == "random" else config.loss.ema_decay)
+    decays |= {_PIXELS: config.loss.pixel_ema_decay}
+    return {name: _moved(tree, params[name], decays[name]) for name, tree in ema.items()}
+
+
+def _moved(average: Any, value: Any, decay: float) -> Any:
+    return jax.tree.map(lambda a, v: a + (1 - decay) * (v - a), average, value)

@@ -23,7 +23,7 @@ from unihetero_jax.objectives import (
     visual_weight,
 )
 from unihetero_jax.sharding import activation_mesh, batch_sharding
-from unihetero_jax.state import TrainState, create_state, state_shardings, update_ema
+from unihetero_jax.state import TrainState, averages_of_targets, create_state, state_shardings, update_ema
 
 Params = dict[str, Any]
 RANDOM_ENCODER_SEED = 20_251_223
@@ -39,14 +39,14 @@ def loss_terms(
     require_segments_alone(config.model.attention_backend, config.data.turns)
     model = unihetero.build(config.model, config.objective, params)
     output = model(batch, config.loss.cut_input_gradient)
-    target = output.vision
-    if ema:
-        averaged = unihetero.build(config.model, config.objective, jax.lax.stop_gradient(params | ema))
+    target, averages = output.vision, averages_of_targets(ema)
+    if averages:
+        averaged = unihetero.build(config.model, config.objective, jax.lax.stop_gradient(params | averages))
         seen = jax.lax.stop_gradient(output.vision)
         # A frozen encoder equals its own average: it need not run twice.
         target = (
             averaged.see(batch)
-            if "encoder" in ema
+            if "encoder" in averages
             else dataclasses.replace(seen, visual_embeddings=averaged.projector(seen.merged))
         )
     flows = {}
@@ -77,9 +77,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
         updates, opt_state = optimizer.update(gradients, state.opt_state, kept)
         params = state.params | jax.tree.map(lambda p, u: p + u, kept, updates)
         params = _with_statistics(config, params, losses)
-        ema = state.ema
-        if visual_target(config.objective) != "random":  # whose encoder stays as it was drawn
-            ema = update_ema(ema, params, config.loss.ema_decay)
+        ema = update_ema(config, state.ema, params)
         params, ema, opt_state = _where(finite, (params, ema, opt_state), (state.params, state.ema, state.opt_state))
         skipped = state.skipped + ~finite
         consecutive = jnp.where(finite, 0, state.consecutive_skips + 1)

@@ -1,10 +1,16 @@
-"""Pictures that a run draws: from text by a rollout, and of given images from their own embeddings."""
+"""Pictures that a run draws: from text by a rollout, and of given images from their own embeddings.
 
+By its pixel decoder, or, for any run that can be rolled out, from blocks of true images (`BlockBank`): that needs no
+training, and shows what the embeddings say without what a decoder adds or loses.
+"""
+
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
 from unihetero_jax.config import MERGED_PATCHES, Config
 from unihetero_jax.data.mixture import image_spec
@@ -30,6 +36,24 @@ def draw_from_texts(
     Raises:
         ValueError: a text is empty, the grid has more tokens than the run's images, or the run has no renderer.
     """
+    key = jax.random.key(seed)
+    embeddings = embeddings_from_texts(config, params, tokenizer, texts, grid, jax.random.fold_in(key, 0))
+    return draw_images(config, params, embeddings, grid, jax.random.fold_in(key, 1))
+
+
+def embeddings_from_texts(
+    config: Config,
+    params: Params,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    grid: tuple[int, int],
+    key: PRNGKeyArray,
+) -> np.ndarray:
+    """The visual embeddings that a rollout predicts after each text, `float[texts, N, D]`.
+
+    Raises:
+        ValueError: a text is empty, or the grid has more tokens than the run's images.
+    """
     num_tokens, most = grid[0] * grid[1], config.data.image_max_patches // MERGED_PATCHES
     if not all(texts) or not 1 <= num_tokens <= most:
         raise ValueError(
@@ -38,9 +62,7 @@ def draw_from_texts(
         )
     prompts = [PackedSample([TokenPiece(tokenizer.encode(text)), TokenPiece([tokenizer.boi_id])]) for text in texts]
     batch = with_grid(prompt_batch(config, tokenizer, prompts), grid)
-    key = jax.random.key(seed)
-    embeddings = fetch(rollout(config, params, batch, num_tokens, jax.random.fold_in(key, 0)))
-    return draw_images(config, params, embeddings, grid, jax.random.fold_in(key, 1))
+    return fetch(rollout(config, params, batch, num_tokens, key))
 
 
 def reconstruct(
@@ -52,11 +74,61 @@ def reconstruct(
         ValueError: the images have different grids, or the run has no renderer.
         RecordError: a file is no readable image.
     """
+    seen, embeddings, grid = _seen(config, params, tokenizer, files)
+    return list(zip(seen, draw_images(config, params, embeddings, grid, jax.random.key(seed)), strict=True))
+
+
+def _seen(
+    config: Config, params: Params, tokenizer: Tokenizer, files: Sequence[bytes]
+) -> tuple[list[np.ndarray], np.ndarray, tuple[int, int]]:
+    """Images as the model sees them, their embeddings [images, N, D], and their grid."""
     seen = [resize_to_grid(decode_image(data), image_spec(config)) for data in files]
     samples = [PackedSample([TokenPiece([tokenizer.boi_id]), ImagePiece(pixels)]) for pixels in seen]
-    grid = common_grid(config, samples)
     embeddings = np.asarray(see_images(config, params, tokenizer, samples).visual_embeddings)
-    return list(zip(seen, draw_images(config, params, embeddings, grid, jax.random.key(seed)), strict=True))
+    return seen, embeddings, common_grid(config, samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockBank:
+    """True images cut into visual tokens: an embedding is drawn as the block whose own embedding is nearest to it.
+
+    Attributes:
+        embeddings: unit vectors, float32[images, N, D].
+        blocks: their pixels, uint8[images, N, side, side, 3].
+        grid: (height, width) in visual tokens.
+    """
+
+    embeddings: np.ndarray
+    blocks: np.ndarray
+    grid: tuple[int, int]
+
+    def draw(self, embeddings: np.ndarray) -> list[np.ndarray]:
+        """An image for each row of embeddings [rows, N, D]; blocks come from the same place of some image."""
+        nearest = np.einsum("rnd,ind->rni", _unit(embeddings), self.embeddings).argmax(axis=-1)
+        chosen = self.blocks[nearest, np.arange(nearest.shape[1])]
+        return [self._joined(one) for one in chosen]
+
+    def _joined(self, blocks: np.ndarray) -> np.ndarray:
+        height, width, side = *self.grid, blocks.shape[1]
+        return blocks.reshape(height, width, side, side, 3).swapaxes(1, 2).reshape(height * side, width * side, 3)
+
+
+def block_bank(config: Config, params: Params, tokenizer: Tokenizer, files: Sequence[bytes]) -> BlockBank:
+    """The blocks of image files of one grid, with the run's embeddings of them.
+
+    Raises:
+        ValueError: the images have different grids.
+        RecordError: a file is no readable image.
+    """
+    seen, embeddings, (height, width) = _seen(config, params, tokenizer, files)
+    pixels = np.stack(seen)
+    side = pixels.shape[1] // height
+    blocks = pixels.reshape(len(pixels), height, side, width, side, 3).swapaxes(2, 3)
+    return BlockBank(_unit(embeddings), blocks.reshape(len(pixels), height * width, side, side, 3), (height, width))
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def default_grid(config: Config) -> tuple[int, int]:

@@ -94,16 +94,18 @@ def draw_sheet(entries: Sequence[SheetEntry], path: str | Path, *, title: str = 
     _save(sheet, Path(path))
 
 
-def draw_pictures(rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path) -> None:
-    """Pictures in labelled rows, as a PNG; every pixel of theirs becomes a square."""
+def draw_pictures(rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path, columns: Sequence[str] = ()) -> None:
+    """Pictures in labelled rows, as a PNG; every pixel of theirs becomes a square. `columns` are named in each row."""
     from matplotlib.figure import Figure  # only who draws needs it
 
-    columns = max(len(pictures) for _, pictures in rows)
-    figure = Figure(figsize=(1.3 * columns + 0.2, 1.6 * len(rows)), layout="constrained")
+    width = max(len(pictures) for _, pictures in rows)
+    figure = Figure(figsize=(1.3 * width + 0.2, 1.6 * len(rows)), layout="constrained")
     for (label, pictures), row in zip(rows, figure.subfigures(len(rows), squeeze=False)[:, 0], strict=True):
         row.suptitle(label, fontsize=9, x=0.01, ha="left")
-        for axes in row.subplots(1, columns, squeeze=False)[0]:
+        for axes in row.subplots(1, width, squeeze=False)[0]:
             axes.set_axis_off()
+        for axes, name in zip(row.axes, columns, strict=False):
+            axes.set_title(name, fontsize=7, color=MUTED, pad=2)
         for axes, picture in zip(row.axes, pictures, strict=False):
             axes.imshow(picture, interpolation="nearest")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,8 @@ class PixelDecoder(nnx.Module):
 
         Args:
             noisy: y_tau.
-            tau: share of noise of each patch, in [0, 1]; below `MIN_TAU` it counts as that.
+            tau: share of noise of each patch, in [0, 1], equal for those of a visual token; below `MIN_TAU` it counts
+                as that.
             condition: of each visual token; of any scale, it is normalised here.
             is_conditioned: where it is false, the learned "no condition" stands instead.
             patch_coords: (y, x) in the image.
@@ -65,12 +66,12 @@ class PixelDecoder(nnx.Module):
             self.condition(_normalised(condition)),
             self.no_condition[...].astype(noisy.dtype),
         )
-        waves = _waves(tau * _TIME_SCALE, dim).astype(noisy.dtype)
-        control = jax.nn.silu(self.time(waves) + jnp.repeat(given, MERGED_PATCHES, axis=1))
+        waves = _waves(tau[:, ::MERGED_PATCHES] * _TIME_SCALE, dim).astype(noisy.dtype)
+        control = jax.nn.silu(self.time(waves) + given)
         place = jnp.concatenate([_waves(patch_coords[..., i].astype(jnp.float32), dim // 2) for i in (0, 1)], axis=-1)
         x = self.patch(noisy) + place.astype(noisy.dtype)
         x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x, control, attention), None), "none")
-        shift, scale = jnp.split(self.modulation(control), 2, axis=-1)
+        shift, scale = _of_patches(self.modulation(control), 2)
         clean = self.out(_modulated(x, shift, scale)).astype(jnp.float32)
         return (noisy.astype(jnp.float32) - clean) / jnp.maximum(tau, MIN_TAU)[..., None]
 
@@ -90,9 +91,9 @@ class _Block(nnx.Module):
 
     @typechecked
     def __call__(
-        self, x: Float[Array, "B P o"], control: Float[Array, "B P o"], attention: RowAttention
+        self, x: Float[Array, "B P o"], control: Float[Array, "B U o"], attention: RowAttention
     ) -> Float[Array, "B P o"]:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(self.modulation(control), 6, axis=-1)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = _of_patches(self.modulation(control), 6)
         normed = _modulated(x, shift, scale)
         heads = (*x.shape[:2], self.num_heads, -1)
         query, key, value = (linear(normed).reshape(heads) for linear in (self.query, self.key, self.value))
@@ -105,6 +106,11 @@ def _zero_linear(in_dim: int, out_dim: int, axes: tuple[str, str], keys: ParamKe
     linear = Linear(in_dim, out_dim, axes, keys, use_bias=True)
     linear.kernel = nnx.Param(jnp.zeros((in_dim, out_dim), jnp.float32), logical_axes=axes)
     return linear
+
+
+def _of_patches(by_token: jax.Array, num_parts: int) -> list[jax.Array]:
+    """Parts of what every visual token says, given to each of its patches: computed once for four."""
+    return jnp.split(jnp.repeat(by_token, MERGED_PATCHES, axis=1), num_parts, axis=-1)
 
 
 def _normalised(x: jax.Array) -> jax.Array:

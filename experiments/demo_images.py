@@ -1,0 +1,138 @@
+"""`make demo-images`: trains `unihetero` until it draws scenes from captions that it never saw, and reads what it drew.
+
+    python -m experiments.demo_images --workdir=runs/demo-images
+
+Writes <workdir>/images.json (fidelity by attribute), images.png (captions, the true scenes, what is drawn from their
+own embeddings and from the captions) and training.png (the same captions drawn by the steps that were kept). Expected
+on two CPU cores: the table in docs/generation.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from data_pipelines.scene_reader import Fidelity
+from data_pipelines.scenes import encode_png
+from experiments import quickstart
+from experiments.scene_drawings import (
+    UnseenScenes,
+    batches,
+    fidelity_table,
+    predicted_embeddings,
+    scene_bank,
+    unseen_scenes,
+)
+from unihetero_jax.checkpoint import list_steps
+from unihetero_jax.cli import Run, load_run, run_training
+from unihetero_jax.config import from_config_dict
+from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct
+from unihetero_jax.evaluation.sheet import draw_pictures
+from unihetero_jax.train import Interrupted
+
+NUM_SCENES = 256
+SHEET_SCENES, DRAWN_EACH = 8, 4
+KEPT_EVERY = 1000
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The quickstart with a renderer beside it, twice as long, half of it scenes to imagine; takes no argument."""
+    config = quickstart.get_config(arg)
+    config.objective = "unihetero"
+    config.data.sources.qa.weight = config.data.sources.generation.weight = 0.5
+    config.loss.visual_weight = 1.0
+    config.eval.benchmarks = ConfigDict({"scenes": config.eval.benchmarks.scenes})
+    config.train.num_steps, config.train.eval_every_steps = 4000, 2000
+    config.checkpoint.every_steps, config.checkpoint.keep_every_steps = 500, KEPT_EVERY
+    return config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains, draws, reads, and writes the sheets; returns the exit code."""
+    summary = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m experiments.demo_images", description=summary)
+    parser.add_argument("--workdir", default="runs/demo-images")
+    flags = parser.parse_args(arguments)
+    workdir = Path(flags.workdir)
+    try:
+        run_training(from_config_dict(get_config()), flags.workdir)
+        draw(workdir)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal_number
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def draw(workdir: Path) -> dict[str, Fidelity]:
+    """Measures the run's last step and writes its sheets."""
+    run, asked = load_run(os.fspath(workdir), -1, 0), unseen_scenes(NUM_SCENES)
+    pictures = drawn_pictures(run, asked)
+    found = {"true pictures (the reader's accuracy)": asked.fidelity(asked.pictures, all_sizes=True)}
+    found |= {label: asked.fidelity(made, all_sizes="true emb" in label) for label, made in pictures.items()}
+    found["another scene's picture (blind floor)"] = asked.of_other_scenes()
+    print(fidelity_table(found))
+    values = {label: dataclasses.asdict(one) for label, one in found.items()}
+    result = {"step": run.step, "config_hash": run.config_hash, "num_scenes": NUM_SCENES, "fidelity": values}
+    (workdir / "images.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw_sheet_of_scenes(run, asked, pictures, workdir / "images.png")
+    draw_over_training(workdir, asked, workdir / "training.png")
+    print(f"see {workdir / 'images.png'}, {workdir / 'training.png'} and {workdir / 'images.json'}")
+    return found
+
+
+def drawn_pictures(run: Run, asked: UnseenScenes) -> dict[str, list[np.ndarray]]:
+    """Every scene, by what it was drawn from."""
+    config, params, tokenizer = run.config, run.params, run.tokenizer
+    files = [encode_png(picture) for picture in asked.pictures]
+    bank = scene_bank(config, params, tokenizer)
+    from_true = [pair[1] for part in batches(files) for pair in reconstruct(config, params, tokenizer, part, 0)]
+    predicted = predicted_embeddings(config, params, tokenizer, asked.captions, 0)
+    return {
+        "drawn from true embeddings": from_true,
+        "drawn from captions": _from_captions(run, asked.captions, 0),
+        "nearest blocks, from captions": bank.draw(predicted),
+    }
+
+
+def _from_captions(run: Run, captions: Sequence[str], seed: int) -> list[np.ndarray]:
+    grid = default_grid(run.config)
+    return [
+        picture
+        for number, part in enumerate(batches(captions))
+        for picture in draw_from_texts(run.config, run.params, run.tokenizer, part, grid, seed + number)
+    ]
+
+
+def draw_sheet_of_scenes(
+    run: Run, asked: UnseenScenes, pictures: Mapping[str, Sequence[np.ndarray]], path: Path
+) -> None:
+    """A row for each of the first scenes."""
+    again = [_from_captions(run, asked.captions[:SHEET_SCENES], 1000 + number) for number in range(DRAWN_EACH - 1)]
+    columns = ["true scene", *pictures, *["another noise"] * len(again)]
+    rows = [
+        (asked.captions[i], [asked.pictures[i], *(made[i] for made in pictures.values()), *(made[i] for made in again)])
+        for i in range(SHEET_SCENES)
+    ]
+    draw_pictures(rows, path, [name.replace(" from ", "\nfrom ").replace(",", "") for name in columns])
+
+
+def draw_over_training(workdir: Path, asked: UnseenScenes, path: Path) -> None:
+    """The same captions drawn by each step that was kept for it, and the true scenes."""
+    rows: list[tuple[str, Sequence[np.ndarray]]] = []
+    for step in sorted(step for step in list_steps(workdir) if step % KEPT_EVERY == 0):
+        run = load_run(os.fspath(workdir), step, 0)
+        rows.append((f"step {step}", _from_captions(run, asked.captions[:SHEET_SCENES], 0)))
+    draw_pictures([*rows, ("the true scenes", asked.pictures[:SHEET_SCENES])], path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
