@@ -59,6 +59,12 @@ def read_scene(picture: np.ndarray) -> Reading:
     return seen
 
 
+def read_cells(picture: np.ndarray) -> list[Mapping[str, str] | None]:
+    """What stands in each of the nine cells, in raster order, attribute by attribute; as `read_scene`."""
+    seen = read_scene(picture)
+    return [dataclasses.asdict(seen[name]) if name in seen else None for name in LOCATIONS]
+
+
 def _read_cell(pixels: np.ndarray) -> SeenObject | None:
     """With d the cell less the background, c a template's cover and k a colour less the background:
     |d - c k|^2 = |d|^2 - 2 (c . d) . k + |c|^2 |k|^2, and nothing at all has |d|^2.

@@ -28,7 +28,7 @@ from experiments import quickstart
 from experiments.scene_drawings import fidelity_table, predicted_embeddings, scene_bank, unseen_scenes
 from unihetero_jax.checkpoint import Checkpointer
 from unihetero_jax.cli import load_run, make_log_probs, run_training
-from unihetero_jax.config import Config, from_config_dict, visual_target
+from unihetero_jax.config import Config, from_config_dict, rolls_out
 from unihetero_jax.data.question_files import StoredImage
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import Item
@@ -80,7 +80,7 @@ def run_demo(config: Config, workdir: Path) -> dict[str, Any]:
     with _wall_clock(workdir) as seconds:
         state = run_training(config, os.fspath(workdir))
         draw_scenes(config, state.params, workdir / "sheet.png")
-        drawn = draw_rollouts(config, state.params, workdir / "rollouts.png") if _imagines(config) else None
+        drawn = draw_rollouts(config, state.params, workdir / "rollouts.png") if rolls_out(config.objective) else None
         summary = summarise(config, workdir, seconds(), drawn)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(
@@ -122,7 +122,7 @@ def summarise(config: Config, workdir: Path, wall_s: float, drawn: dict[str, flo
         "objective": config.objective,
         "accuracy": accuracy("scenes"),
         "accuracy_heldout": accuracy("scenes_heldout"),
-        "rollout": result("rollout") if visual_target(config.objective) else None,
+        "rollout": result("rollout") if rolls_out(config.objective) else None,
         "drawn": drawn,
         "wall_s": round(wall_s, 1),
         "peak_rss_gib": max(
@@ -168,10 +168,6 @@ def draw_scenes(config: Config, params: Params, path: Path) -> None:
         )
         entries.append(SheetEntry(picture, text, caption(scene, rng), answered))
     draw_sheet(entries, path)
-
-
-def _imagines(config: Config) -> bool:
-    return visual_target(config.objective) in ("input", "encoder")
 
 
 def draw_rollouts(config: Config, params: Params, path: Path) -> dict[str, float]:

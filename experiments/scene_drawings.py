@@ -11,7 +11,7 @@ from data_pipelines.scene_reader import Fidelity, fidelity, read_scene
 from data_pipelines.scenes import SIZES, Scene, caption, encode_png, make_scene, render, scene_rng
 from unihetero_jax.config import Config
 from unihetero_jax.data.tokenizer import Tokenizer
-from unihetero_jax.evaluation.drawings import BlockBank, block_bank, default_grid, embeddings_from_texts
+from unihetero_jax.evaluation.drawings import BlockBank, block_bank, default_grid, roll_out_texts
 from unihetero_jax.model.unihetero import Params
 
 FIRST_UNSEEN = 910_000
@@ -61,10 +61,10 @@ def predicted_embeddings(
     """Rolled out from the captions, float[captions, N, D]."""
     key = jax.random.key(seed)
     parts = [
-        embeddings_from_texts(config, params, tokenizer, part, default_grid(config), jax.random.fold_in(key, number))
+        roll_out_texts(config, params, tokenizer, part, default_grid(config), jax.random.fold_in(key, number))
         for number, part in enumerate(batches(captions))
     ]
-    return np.concatenate(parts)
+    return np.concatenate([np.asarray(part.embeddings) for part in parts])
 
 
 def batches(values: Sequence[Any]) -> Iterator[Sequence[Any]]:

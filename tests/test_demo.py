@@ -65,6 +65,8 @@ def test_rollouts_are_judged_by_position(finished, capsys, refused):
     assert found["curves"]["free_running"][0] == pytest.approx(found["curves"]["teacher_forced"][0], rel=1e-4)
     assert found["overall"]["mean_embedding"][0] > 0.9, "the mean explains nothing"
     assert found["num_images"] == 8 <= found["num_fit_images"] and found["objective"] == "semantic_input"
+    assert found["attributes"].keys() == {"nearest blocks", "another image"}, "it draws no pixels of its own"
+    assert found["attributes"]["nearest blocks"]["share"].keys() == {"there", "color", "shape", "size"}
     assert (workdir / "eval" / "rollout-error-2.png").stat().st_size > 5000
     assert "no run here" in refused(*command[:-1], f"--rollout-judge={workdir / 'nowhere'}")
 

@@ -1,6 +1,7 @@
 """Drawing: patches back to images, the flow followed exactly where its answer is known, and the commands."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,28 @@ def test_what_cannot_be_drawn_is_said(renderer, tmp_path, refused):
     assert "such as 3x3" in refused(*command, "--grid=nine", f"--output={tmp_path / 'o.png'}")
     assert "no such file" in refused(*command, f"--reconstruct={tmp_path / 'no.png'}", f"--output={tmp_path / 'o.png'}")
     assert "--prompt says of what" in refused(*command[:-1], f"--output={tmp_path / 'o.png'}")
+
+
+@pytest.mark.parametrize(("objective", "more"), [("pixel_through", set()), ("unihetero", {"reconstructed"})])
+def test_what_a_run_draws_of_its_rollouts_is_judged(objective, more, tiny_experiment, tiny_world, tmp_path, capsys):
+    """Pixel objectives draw block by block and read what they drew; a renderer draws at the end. Both are measured in
+    the judge's space as pictures, without a map.
+    """
+    workdir = tmp_path / "run"
+    config = tiny_experiment(
+        objective=objective, train__num_steps=2, model__pixel_decoder__num_layers=1, drawing__steps=2,
+        eval__rollout_source="generation", eval__rollout_candidates=8,
+        eval__benchmarks={"scenes": str(tiny_world / "questions.tsv")},
+    )  # fmt: skip
+    cli.run_training(config, str(workdir))
+    assert "finds its image among 8" in capsys.readouterr().out
+    assert cli.main(["evaluate", f"--workdir={workdir}", f"--rollout-judge={workdir}"]) == 0
+    found = json.loads((workdir / "eval" / "rollout-error-2.json").read_text())
+    assert {"drawn", *more} <= found["curves"].keys() and len(found["curves"]["drawn"]) == 9
+    assert found["attributes"].keys() == {"nearest blocks", "another image", "drawn", *more}
+    sheet = tmp_path / "out.png"
+    assert cli.main(["generate", f"--workdir={workdir}", "--prompt=a", "--num-images=2", f"--output={sheet}"]) == 0
+    assert sheet.stat().st_size > 1000
 
 
 def test_a_bank_gives_back_its_own_images_and_the_nearest_block_of_others():

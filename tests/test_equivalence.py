@@ -12,12 +12,14 @@ from conftest import make_tiny_config
 
 from unihetero_jax import step
 from unihetero_jax.data.packing import PackedSample, TokenPiece
+from unihetero_jax.inference.draw import follow_flow
 from unihetero_jax.inference.generate import decode, draw_and_tell
 from unihetero_jax.inference.rollout import rollout
 from unihetero_jax.inference.sampling import GREEDY
 from unihetero_jax.model import unihetero
 from unihetero_jax.model.attention import attend
 from unihetero_jax.model.unihetero import build
+from unihetero_jax.model.vision_encoder import patch_places
 from unihetero_jax.sharding import activation_mesh, make_mesh, shardings_for, to_global
 from unihetero_jax.state import TrainState
 from unihetero_jax.text_loss import text_nll
@@ -82,7 +84,7 @@ def test_rollout_equals_feeding_predictions_back_by_hand(objective):
     prompt = PackedSample([small.tokens(rng, 4), TokenPiece([small.BOI])])
     batch = small.batch_of([[prompt]], row_tokens=5, row_patches=4)
     batch = dataclasses.replace(batch, boi_grid=batch.boi_grid.at[0, 4].set(jnp.array([1, num_tokens])))
-    rolled = rollout(config, params, batch, num_tokens, jax.random.key(0))[0]
+    rolled = rollout(config, params, batch, num_tokens, jax.random.key(0)).embeddings[0]
     model = build(config.model, objective, params)
     x = model.decoder.embed(batch.tokens, batch.boi_grid, model.dtype)
     for position in range(num_tokens):
@@ -107,6 +109,92 @@ def drawing_prompts_and_truth(num_rows=2, num_tokens=4):
     return prompts, small.batch_of(whole, row_tokens=5 + num_tokens, row_patches=4 * num_tokens)
 
 
+def reread_config(objective, **changes):
+    """Of an objective whose predictions go back through the vision path; no cosine, which leaves a length open."""
+    return make_tiny_config(
+        objective=objective, loss__visual_loss="mse", model__pixel_decoder__num_layers=1, drawing__steps=2, **changes
+    )
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_blocks_are_read_as_images_of_which_only_those_are_there(attention):
+    """All of them: the image itself. The first ones of a causal encoder: the same, whatever follows."""
+    config, params = make_tiny_config(model__encoder__attention=attention), small.params_of()
+    rng, grid = np.random.default_rng(0), (2, 3)
+    whole = small.batch_of([[PackedSample([TokenPiece([small.BOI]), small.ImagePiece(small.picture(rng, *grid))])]],
+                           row_tokens=8, row_patches=24)  # fmt: skip
+    model = build(config.model, config.objective, params)
+    vision = model.see(whole)
+    read = functools.partial(model.read_blocks, vision.patch_embeddings, jnp.array([grid]))
+    np.testing.assert_array_equal(patch_places(jnp.array([grid]), 6)[0], whole.patch_coords[0])
+    np.testing.assert_allclose(read(jnp.int32(6)), vision.visual_embeddings, atol=1e-5)
+    part = np.abs(np.asarray(read(jnp.int32(4)) - vision.visual_embeddings))[0].max(axis=-1)
+    assert (part[:4] < 1e-5).all() == (attention == "causal")
+    changed = vision.patch_embeddings.at[:, 4:].add(1.0)
+    np.testing.assert_array_equal(
+        model.read_blocks(changed, jnp.array([grid]), jnp.int32(4))[:, :4], read(jnp.int32(4))[:, :4]
+    )
+
+
+@pytest.mark.parametrize("objective", ["patch", "pixel_through", "pixel_detached"])
+def test_a_rollout_that_is_read_again_equals_its_steps_by_hand(objective):
+    """Each prediction is put on the canvas, the canvas is read, and what was read is the next input."""
+    config, num_tokens = reread_config(objective), 4
+    params = unihetero.init_params(config.model, objective, 0)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    prompts, _ = drawing_prompts_and_truth()
+    key = jax.random.key(3)
+    rolled = rollout(config, params, prompts, num_tokens, key)
+    model = build(config.model, objective, params)
+    grid = jnp.array([[1, num_tokens]] * 2)
+    x = model.decoder.embed(prompts.tokens, prompts.boi_grid, model.dtype)
+    canvas = jnp.zeros((2, num_tokens, 4 * config.model.encoder.dim))
+    for position in range(num_tokens):
+        length = x.shape[1]
+        mask = jnp.tril(jnp.ones((2, length, length), bool))
+        positions = jnp.broadcast_to(jnp.arange(length), (2, length))
+        last = model.decoder(x, positions, functools.partial(attend, mask=mask))[:, -1]
+        own_key = jax.random.fold_in(key, position)
+        if objective == "patch":
+            block = model.semantic_head(last)
+        else:
+            places = patch_places(grid, num_tokens)[:, 4 * position : 4 * position + 4]
+            pixels = follow_flow(config, model, last[:, None], places, own_key)
+            off = np.abs(np.asarray(pixels, int) - np.asarray(rolled.patches[:, 4 * position : 4 * position + 4], int))
+            assert off.max() <= 1, "one grey level, by rounding"
+            block = model.encoder.embed_patches(pixels, model.dtype).reshape(2, -1)
+        canvas = canvas.at[:, position].set(block)
+        read = model.read_blocks(canvas, grid, jnp.int32(position + 1))[:, position]
+        np.testing.assert_allclose(
+            rolled.embeddings[:, position], read, atol=2e-2 if rolled.patches is not None else 1e-4
+        )
+        x = jnp.concatenate([x, rolled.embeddings[:, position : position + 1]], axis=1)
+    assert (rolled.patches is None) == (objective == "patch")
+
+
+@pytest.mark.parametrize("objective", ["patch", "pixel_through"])
+def test_a_rollout_that_is_read_again_and_given_all_sees_true_blocks_alone(objective):
+    """Of a causal encoder, whose embeddings do not change as blocks are added: predictions follow the true hidden
+    states, and what was drawn before does not matter.
+    """
+    config = reread_config(objective, model__encoder__attention="causal")
+    params = unihetero.init_params(config.model, objective, 0)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    prompts, whole = drawing_prompts_and_truth()
+    model = build(config.model, objective, params)
+    output = model(whole)
+    forced = rollout(config, params, prompts, 4, jax.random.key(3), output.vision, 4)
+    if objective == "patch":
+        blocks = model.semantic_head(output.hidden[:, 4:8])
+        for position in range(4):
+            canvas = output.vision.patch_embeddings.at[:, position].set(blocks[:, position])
+            read = model.read_blocks(canvas, jnp.array([[1, 4]] * 2), jnp.int32(position + 1))[:, position]
+            np.testing.assert_allclose(forced.embeddings[:, position], read, atol=1e-4)
+    free = rollout(config, params, prompts, 4, jax.random.key(3))
+    np.testing.assert_allclose(free.embeddings[:, 0], forced.embeddings[:, 0], atol=1e-4)
+    assert np.abs(np.asarray(free.embeddings - forced.embeddings))[:, 2:].max() > 1e-3
+
+
 @pytest.mark.parametrize("objective", ["semantic_input", "semantic_encoder"])
 def test_a_rollout_that_is_given_all_is_teacher_forcing(objective):
     """And one that is given a part is equal up to there, and another from there on."""
@@ -116,22 +204,22 @@ def test_a_rollout_that_is_given_all_is_teacher_forcing(objective):
     true = output.vision.visual_embeddings
     model = build(config.model, objective, params)
     forced = model.predict_embedding(output.hidden[:, 4:8].reshape(8, -1), jax.random.key(0)).reshape(true.shape)
-    given = {n: rollout(config, params, prompts, 4, jax.random.key(0), true, n) for n in (0, 2, 4)}
+    given = {n: rollout(config, params, prompts, 4, jax.random.key(0), output.vision, n).embeddings for n in (0, 2, 4)}
     np.testing.assert_allclose(given[4], forced, atol=1e-5)
     np.testing.assert_allclose(given[2][:, :3], forced[:, :3], atol=1e-5)
     assert np.abs(given[2][:, 3] - forced[:, 3]).max() > 1e-3
-    np.testing.assert_array_equal(given[0], rollout(config, params, prompts, 4, jax.random.key(0)))
+    np.testing.assert_array_equal(given[0], rollout(config, params, prompts, 4, jax.random.key(0)).embeddings)
 
 
 def test_a_rollout_on_eight_devices_is_that_on_one():
     config = make_tiny_config(mesh__fsdp=4, mesh__tensor=2, train__global_batch_rows=8, eval__batch_rows=8)
     params, (prompts, _) = small.params_of(), drawing_prompts_and_truth(4)
-    one = rollout(make_tiny_config(), params, prompts, 4, jax.random.key(0))
+    one = rollout(make_tiny_config(), params, prompts, 4, jax.random.key(0)).embeddings
     mesh = make_mesh(config.mesh)
     with activation_mesh(mesh):
         shardings = shardings_for(unihetero.logical_axes(config.model, config.objective), mesh)
         split = jax.device_put(params, shardings)
-        eight = rollout(config, split, to_global(host(prompts), mesh), 4, jax.random.key(0))
+        eight = rollout(config, split, to_global(host(prompts), mesh), 4, jax.random.key(0)).embeddings
     np.testing.assert_allclose(eight, one, atol=1e-5)
 
 
@@ -140,7 +228,7 @@ def test_text_goes_on_after_an_image_that_was_drawn():
     config, params, new = make_tiny_config(), small.params_of(), 5
     prompts, _ = drawing_prompts_and_truth(1)
     drawn, tokens = draw_and_tell(config, params, prompts, jax.random.key(0), 4, small.EOI, new, small.EOS, (), GREEDY)
-    np.testing.assert_allclose(drawn, rollout(config, params, prompts, 4, jax.random.key(0)), atol=1e-6)
+    np.testing.assert_allclose(drawn, rollout(config, params, prompts, 4, jax.random.key(0)).embeddings, atol=1e-6)
     model = build(config.model, config.objective, params)
     no_grid = jnp.zeros((1, 1, 2), jnp.int32)
     embed = lambda token: model.decoder.embed(jnp.full((1, 1), token, jnp.int32), no_grid, model.dtype)  # noqa: E731

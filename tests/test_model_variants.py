@@ -124,6 +124,7 @@ def test_generation_and_rollout_carry_bfloat16_through_their_loops(objective):
     )
     assert (tokens.shape, tokens.dtype, log_probs.dtype) == ((1, 5), jnp.int32, jnp.float32)
     rolled = jax.eval_shape(lambda params: rollout(config, params, batch, 3, jax.random.key(0)), shapes_of(config))
+    rolled = rolled.embeddings
     assert (rolled.shape, rolled.dtype) == ((1, 3, 32), jnp.bfloat16)
 
 

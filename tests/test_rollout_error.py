@@ -56,6 +56,22 @@ def test_the_map_to_the_judge_is_the_linear_one_and_its_floor_the_noise():
     assert np.abs(noise).mean() < 0.3, "what does not follow from the inputs is not made up"
 
 
+def test_attributes_by_hand():
+    """Two pictures of three positions, each named by its first pixel; what stands nowhere is asked of nobody."""
+    red, blue = {"color": "red", "shape": "ring"}, {"color": "blue", "shape": "ring"}
+    named = {0: [red, None, blue], 1: [blue, None, None], 2: [red, red, red]}
+
+    def read(picture):
+        return named[int(picture[0, 0, 0])]
+
+    pictures = [np.full((2, 2, 3), value, np.uint8) for value in range(3)]
+    found = instrument._fidelity(read, pictures[:2], {"drawn": [pictures[2], pictures[1]]})
+    assert found["drawn"]["share"] == pytest.approx({"there": 1.0, "color": 2 / 3, "shape": 1.0})
+    assert found["drawn"]["by_position"]["color"] == [1.0, 0.0, 0.0] and found["drawn"]["added"] == 0.5
+    floor = found["another image"]["share"]
+    assert floor == pytest.approx({"there": 2 / 3, "color": 0.0, "shape": 2 / 3}), "the first by the second, and back"
+
+
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0.0), (0.6, 0.36), (1.0, 1.0)])
 def test_the_leak_is_what_follows_from_earlier_tokens(share, expected):
     """Tokens that are each `share` of the one before, the rest fresh: of the next one's variance share^2 is known."""

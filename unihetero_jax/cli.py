@@ -21,15 +21,17 @@ from etils import epath
 
 from data_pipelines.bias import turns_of
 from data_pipelines.prepared import read_stored
+from data_pipelines.scene_reader import read_cells
 from data_pipelines.scene_world import ensure_index, ensure_scene_world
+from data_pipelines.scenes import CELL
 from experiments import base as base_experiment
 from unihetero_jax import compile_ahead, data_stats, distributed, explain, export, stored_steps
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import SaveError, list_steps, read_metadata, restore_subtree, valid_step
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
-from unihetero_jax.config import Config, config_hash, visual_target
+from unihetero_jax.config import Config, config_hash, rolls_out
 from unihetero_jax.data.mixture import image_spec
-from unihetero_jax.data.records import RecordError, format_prompt, probe_image
+from unihetero_jax.data.records import MERGE_SIZE, RecordError, format_prompt, probe_image
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.evaluation import comparison, official
 from unihetero_jax.evaluation.benchmarks import read_benchmark
@@ -289,7 +291,8 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
     run = load_run(flags.workdir, step, flags.replicate, overrides)
     if (flags.rollout or flags.rollout_judge) and not _rolls_out(run.config):
         raise ValueError(
-            "--rollout: the run draws no images; it needs an objective with a visual loss and eval.rollout_source"
+            "--rollout: the run draws no images; it needs eval.rollout_source, and an objective whose predictions can "
+            "be fed back"
         )
     results = evaluate(
         run.config, model_of(run, flags.max_new_tokens), run.tokenizer,
@@ -554,7 +557,7 @@ def _check_evaluation(config: Config) -> None:
 
 
 def _rolls_out(config: Config) -> bool:
-    return visual_target(config.objective) is not None and bool(config.eval.rollout_source)
+    return rolls_out(config.objective) and bool(config.eval.rollout_source)
 
 
 def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -> dict[str, Any]:
@@ -599,7 +602,10 @@ def _measure_rollout_error(run: "Run", judge_workdir: str, folder: epath.Path) -
     """Written to `rollout-error-<step>.json` and `.png`, and printed."""
     found = load_run(judge_workdir, -1, 0)
     judge = Judge(found.config, found.params, found.tokenizer)
-    result = rollout_error(run.config, run.params, run.tokenizer, judge)
+    # A position of the easy level is a cell of its grid, where one object stands or none.
+    one_to_one = run.config.scene_world.level == "easy" and run.config.model.encoder.patch_size * MERGE_SIZE == CELL
+    read = read_cells if one_to_one else None
+    result = rollout_error(run.config, run.params, run.tokenizer, judge, read)
     result |= {"objective": run.config.objective, "step": run.step, "config_hash": run.config_hash}
     announce(format_rollout_error(result))
     if distributed.is_lead():

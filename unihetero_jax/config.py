@@ -528,6 +528,13 @@ def visual_target(objective: Objective) -> VisualTarget | None:
     return VISUAL_TARGETS.get(objective)
 
 
+def rolls_out(objective: Objective) -> bool:
+    """Whether what the objective predicts can be fed back as an input. Normalised pixels have lost their mean and
+    deviation, and from a random encoder's features there is no way back.
+    """
+    return visual_target(objective) in ("input", "encoder", "patch") or pixel_role(objective) in ("through", "detached")
+
+
 def target_dim(model: ModelConfig, objective: Objective) -> int:
     """Width of the space that the Generation Head predicts in; 0 without a visual target."""
     match visual_target(objective):
@@ -978,8 +985,13 @@ def _objective_rules(config: Config) -> list[tuple[bool, str]]:
             "model.semantic_head.standardise_targets normalises already; set loss.target_norm=none",
         ),
         (
-            not config.eval.rollout_source or visual_target(objective) not in ("patch", "pixels", "random"),
+            not config.eval.rollout_source or visual_target(objective) not in ("pixels", "random"),
             f"objective={objective} predicts what cannot be fed back as an input; set eval.rollout_source= (empty)",
+        ),
+        (
+            not config.eval.rollout_source or visual_target(objective) != "patch" or loss.visual_loss != "cosine",
+            "loss.visual_loss=cosine leaves the length of a patch embedding open, which a rollout has to read; set "
+            "loss.visual_loss to mse or smooth_l1, or eval.rollout_source= (empty)",
         ),
     ]
 

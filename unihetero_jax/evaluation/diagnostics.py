@@ -81,7 +81,7 @@ def rollout_retrieval(config: Config, params: Params, tokenizer: Tokenizer) -> d
     samples = [sample_from_record(deserialize(data), tokenizer, spec) for data in stored]
     true = see_images(config, params, tokenizer, samples).visual_embeddings
     prompts = drawing_prompts(config, tokenizer, samples)
-    drawn = fetch(rollout(config, params, prompts, true.shape[1], jax.random.key(0)))
+    drawn = fetch(rollout(config, params, prompts, true.shape[1], jax.random.key(0)).embeddings)
     data_hash = hashlib.blake2b(b"".join(stored), digest_size=8).hexdigest()
     compared = _compare(drawn.astype(np.float64), np.asarray(true, np.float64))
     return {"source": source, "data_hash": data_hash, **compared}

@@ -19,9 +19,9 @@ from unihetero_jax.data.records import decode_image
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
 from unihetero_jax.evaluation.diagnostics import common_grid, see_images, with_grid
-from unihetero_jax.inference.draw import draw_images
+from unihetero_jax.inference.draw import draw_images, images_of
 from unihetero_jax.inference.generate import prompt_batch
-from unihetero_jax.inference.rollout import rollout
+from unihetero_jax.inference.rollout import Rollout, rollout
 from unihetero_jax.model.unihetero import Params
 from unihetero_jax.sharding import fetch
 
@@ -37,19 +37,32 @@ def draw_from_texts(
         ValueError: a text is empty, the grid has more tokens than the run's images, or the run has no renderer.
     """
     key = jax.random.key(seed)
-    embeddings = embeddings_from_texts(config, params, tokenizer, texts, grid, jax.random.fold_in(key, 0))
-    return draw_images(config, params, embeddings, grid, jax.random.fold_in(key, 1))
+    rolled = roll_out_texts(config, params, tokenizer, texts, grid, jax.random.fold_in(key, 0))
+    return pictures_of(config, params, rolled, grid, jax.random.fold_in(key, 1))
 
 
-def embeddings_from_texts(
+def pictures_of(
+    config: Config, params: Params, rolled: Rollout, grid: tuple[int, int], key: PRNGKeyArray
+) -> list[np.ndarray]:
+    """The images of a rollout: as a pixel objective drew them block by block, or by the renderer.
+
+    Raises:
+        ValueError: the run has neither.
+    """
+    if rolled.patches is None:
+        return draw_images(config, params, np.asarray(rolled.embeddings), grid, key)
+    return images_of(config, np.asarray(rolled.patches), grid)
+
+
+def roll_out_texts(
     config: Config,
     params: Params,
     tokenizer: Tokenizer,
     texts: Sequence[str],
     grid: tuple[int, int],
     key: PRNGKeyArray,
-) -> np.ndarray:
-    """The visual embeddings that a rollout predicts after each text, `float[texts, N, D]`.
+) -> Rollout:
+    """What is predicted after each text, in numpy arrays.
 
     Raises:
         ValueError: a text is empty, or the grid has more tokens than the run's images.
@@ -62,7 +75,7 @@ def embeddings_from_texts(
         )
     prompts = [PackedSample([TokenPiece(tokenizer.encode(text)), TokenPiece([tokenizer.boi_id])]) for text in texts]
     batch = with_grid(prompt_batch(config, tokenizer, prompts), grid)
-    return fetch(rollout(config, params, batch, num_tokens, key))
+    return jax.tree.map(fetch, rollout(config, params, batch, num_tokens, key))
 
 
 def reconstruct(
@@ -102,6 +115,14 @@ class BlockBank:
     blocks: np.ndarray
     grid: tuple[int, int]
 
+    @classmethod
+    def of(cls, pictures: Sequence[np.ndarray], embeddings: np.ndarray, grid: tuple[int, int]) -> "BlockBank":
+        """From images of one grid, `uint8[h, w, 3]`, and their embeddings, `float[images, N, D]`."""
+        pixels, (height, width) = np.stack(pictures), grid
+        side = pixels.shape[1] // height
+        blocks = pixels.reshape(len(pixels), height, side, width, side, 3).swapaxes(2, 3)
+        return cls(_unit(embeddings), blocks.reshape(len(pixels), height * width, side, side, 3), grid)
+
     def draw(self, embeddings: np.ndarray) -> list[np.ndarray]:
         """An image for each row of embeddings [rows, N, D]; blocks come from the same place of some image."""
         nearest = np.einsum("rnd,ind->rni", _unit(embeddings), self.embeddings).argmax(axis=-1)
@@ -120,11 +141,7 @@ def block_bank(config: Config, params: Params, tokenizer: Tokenizer, files: Sequ
         ValueError: the images have different grids.
         RecordError: a file is no readable image.
     """
-    seen, embeddings, (height, width) = _seen(config, params, tokenizer, files)
-    pixels = np.stack(seen)
-    side = pixels.shape[1] // height
-    blocks = pixels.reshape(len(pixels), height, side, width, side, 3).swapaxes(2, 3)
-    return BlockBank(_unit(embeddings), blocks.reshape(len(pixels), height * width, side, side, 3), (height, width))
+    return BlockBank.of(*_seen(config, params, tokenizer, files))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

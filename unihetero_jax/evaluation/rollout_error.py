@@ -9,24 +9,31 @@ through a linear map, fitted the same way for each on true pairs of other images
 over the judge's variance at that position, so the mean embedding has 1, and the map's own error on true embeddings is
 the floor. FR is what counts; the gap is read with the leak (design section 2): with a bidirectional encoder the true
 inputs of teacher forcing already hold pixels of what is to be predicted.
+
+Pictures need no map: what a run draws of its rollout, the judge's encoder reads like any image (`drawn`), so semantic
+and pixel objectives are compared by what they put on the canvas. `reconstructed` is the renderer's own floor: the same,
+drawn from the true embeddings.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from unihetero_jax.config import Config
+from unihetero_jax.arrays import VisionOutput
+from unihetero_jax.config import Config, pixel_role
 from unihetero_jax.data.mixture import image_spec, open_split
-from unihetero_jax.data.packing import PackedSample, sample_from_record
+from unihetero_jax.data.packing import ImagePiece, PackedSample, TokenPiece, sample_from_record
 from unihetero_jax.data.records import deserialize
 from unihetero_jax.data.tokenizer import Tokenizer
-from unihetero_jax.evaluation.diagnostics import drawing_prompts, drawn_records, see_images
-from unihetero_jax.inference.rollout import rollout
+from unihetero_jax.evaluation.diagnostics import common_grid, drawing_prompts, drawn_records, see_images
+from unihetero_jax.evaluation.drawings import BlockBank, pictures_of
+from unihetero_jax.inference.draw import draw_images
+from unihetero_jax.inference.rollout import Rollout, rollout
 from unihetero_jax.model.unihetero import Params
 from unihetero_jax.sharding import fetch
 
@@ -56,7 +63,12 @@ class Judge:
         return digest.hexdigest()
 
 
-def rollout_error(config: Config, params: Params, tokenizer: Tokenizer, judge: Judge) -> dict[str, Any]:
+Reader = Callable[[np.ndarray], Sequence[Mapping[str, str] | None]]
+
+
+def rollout_error(
+    config: Config, params: Params, tokenizer: Tokenizer, judge: Judge, read: Reader | None = None
+) -> dict[str, Any]:
     """Rolls images out from the captions of `eval.rollout_source` and measures them.
 
     Args:
@@ -64,13 +76,15 @@ def rollout_error(config: Config, params: Params, tokenizer: Tokenizer, judge: J
         params: the run's.
         tokenizer: the run's.
         judge: its encoder must read patches of the run's size.
+        read: names what stands at each position of a picture, attribute by attribute, or None where nothing does.
 
     Returns:
         `curves` and `overall`: {name: values by position} and {name: [value, low, high]} (95%, bootstrap over images)
-        of `floor`, `free_running`, `teacher_forced`, `teacher_0.25` ..., `mean_embedding`, `copy_previous`;
+        of `floor`, `free_running`, `teacher_forced`, `teacher_0.25` ..., `mean_embedding`, `copy_previous`, and of a
+        run that draws `drawn` and, of a renderer, `reconstructed`;
         `gap`, `growth` and `horizon` with their intervals; `retrieval_by_position`, among as many images as were
         measured, from the positions up to there; `leak`: R^2 of the next embedding from the earlier ones by a linear
-        map, without text; and what it was made of.
+        map, without text; `attributes`, with a reader (`_fidelity`); and what it was made of.
 
     Raises:
         ValueError: too few images, images of several grids, or a judge of another patch size.
@@ -81,17 +95,27 @@ def rollout_error(config: Config, params: Params, tokenizer: Tokenizer, judge: J
             f"{config.model.encoder.patch_size}; they see different visual tokens, train a judge of the run's size"
         )
     measured, fitting, data_hash = _samples(config, tokenizer)
-    true, seen = _embeddings(config, params, tokenizer, measured, judge)
-    true_fit, seen_fit = _embeddings(config, params, tokenizer, fitting, judge)
+    vision, seen = _see(config, params, tokenizer, measured), _judged(judge, measured)
+    fit_vision, seen_fit = _see(config, params, tokenizer, fitting), _judged(judge, fitting)
+    true, true_fit = (np.asarray(x.visual_embeddings, np.float64) for x in (vision, fit_vision))
     to_judge = _fit_map(true_fit, seen_fit)
-    predicted = _rollouts(config, params, tokenizer, measured, true)
-    guesses = {"floor": to_judge(true)} | {name: to_judge(value) for name, value in predicted.items()}
+    rollouts = _rollouts(config, params, tokenizer, measured, vision)
+    guesses = {"floor": to_judge(true)}
+    guesses |= {name: to_judge(np.asarray(rolled.embeddings, np.float64)) for name, rolled in rollouts.items()}
+    grid = common_grid(config, measured)
+    pictures = _pictures(config, params, rollouts["free_running"], vision, grid)
+    for name, made in pictures.items():
+        guesses[name] = _judged(judge, [_sample(tokenizer, picture) for picture in made])
     guesses["mean_embedding"] = np.broadcast_to(seen_fit.mean(axis=0), seen.shape)
     guesses["copy_previous"] = _copied(to_judge(true), seen_fit.mean(axis=0))
     errors = {name: ((guess - seen) ** 2).sum(axis=-1) for name, guess in guesses.items()}
     variance = ((seen - seen.mean(axis=0)) ** 2).sum(axis=-1)
     result = summarise(errors, variance)
     result["retrieval_by_position"] = _retrieval(guesses["free_running"], seen)
+    if read is not None:
+        bank = BlockBank.of([_image(sample) for sample in fitting], true_fit, grid)
+        shown = {"nearest blocks": bank.draw(np.asarray(rollouts["free_running"].embeddings))} | pictures
+        result["attributes"] = _fidelity(read, [_image(sample) for sample in measured], shown)
     result["leak"] = {
         "r_squared": _leak(true_fit, true), "encoder_attention": config.model.encoder.attention,
     }  # fmt: skip
@@ -117,32 +141,92 @@ def _samples(config: Config, tokenizer: Tokenizer) -> tuple[list[PackedSample], 
     return samples[:needed], samples[needed:], data_hash
 
 
-def _embeddings(
-    config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence[PackedSample], judge: Judge
-) -> tuple[np.ndarray, np.ndarray]:
-    """The run's input embeddings of the images' tokens, and what the judge's encoder makes of them, [images, N, ...]"""
-    own, judged = [], []
-    for start in range(0, len(samples), _BATCH_IMAGES):
-        part = samples[start : start + _BATCH_IMAGES]
-        own.append(see_images(config, params, tokenizer, part).visual_embeddings)
-        judged.append(see_images(judge.config, judge.params, judge.tokenizer, part).merged)
-    return np.concatenate(own).astype(np.float64), np.concatenate(judged).astype(np.float64)
+def _see(config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence[PackedSample]) -> VisionOutput:
+    """What the vision path makes of the samples' images, [images, N, ...], a part of them at a time."""
+    parts = [
+        see_images(config, params, tokenizer, samples[start : start + _BATCH_IMAGES])
+        for start in range(0, len(samples), _BATCH_IMAGES)
+    ]
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def _judged(judge: Judge, samples: Sequence[PackedSample]) -> np.ndarray:
+    """What the judge's encoder makes of the images' tokens, float64[images, N, J]."""
+    return np.asarray(_see(judge.config, judge.params, judge.tokenizer, samples).merged, np.float64)
 
 
 def _rollouts(
-    config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence[PackedSample], true: np.ndarray
-) -> dict[str, np.ndarray]:
-    """Predictions by the share of true inputs."""
-    found: dict[str, list[np.ndarray]] = {}
-    num_tokens = true.shape[1]
+    config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence[PackedSample], true: VisionOutput
+) -> dict[str, Rollout]:
+    """Predictions by the share of true inputs, in numpy arrays."""
+    found: dict[str, list[Rollout]] = {}
+    num_tokens = true.visual_embeddings.shape[1]
     for start in range(0, len(samples), _BATCH_IMAGES):
-        prompts = drawing_prompts(config, tokenizer, list(samples[start : start + _BATCH_IMAGES]))
-        given = true[start : start + _BATCH_IMAGES].astype(np.float32)
+        part = slice(start, start + _BATCH_IMAGES)
+        prompts = drawing_prompts(config, tokenizer, list(samples[part]))
+        given = jax.tree.map(lambda x: x[part], true)  # noqa: B023
         for fraction in TEACHER_FRACTIONS:
             count = round(fraction * num_tokens)
-            drawn = fetch(rollout(config, params, prompts, num_tokens, jax.random.key(0), given, count))
-            found.setdefault(_name(fraction), []).append(drawn)
-    return {name: np.concatenate(parts).astype(np.float64) for name, parts in found.items()}
+            drawn = rollout(config, params, prompts, num_tokens, jax.random.key(start), given, count)
+            found.setdefault(_name(fraction), []).append(jax.tree.map(fetch, drawn))
+    return {name: jax.tree.map(lambda *x: np.concatenate(x), *parts) for name, parts in found.items()}
+
+
+def _pictures(
+    config: Config, params: Params, rolled: Rollout, true: VisionOutput, grid: tuple[int, int]
+) -> dict[str, list[np.ndarray]]:
+    """What the run draws of its free rollout and, of a renderer, of the true embeddings; nothing without pixels."""
+    if pixel_role(config.objective) is None:
+        return {}
+    pictures = {"drawn": pictures_of(config, params, rolled, grid, jax.random.key(0))}
+    if pixel_role(config.objective) == "renderer":
+        embeddings = np.asarray(true.visual_embeddings)
+        pictures["reconstructed"] = draw_images(config, params, embeddings, grid, jax.random.key(0))
+    return pictures
+
+
+def _image(sample: PackedSample) -> np.ndarray:
+    return next(piece.pixels for piece in sample.pieces if isinstance(piece, ImagePiece))
+
+
+def _sample(tokenizer: Tokenizer, picture: np.ndarray) -> PackedSample:
+    return PackedSample([TokenPiece([tokenizer.boi_id]), ImagePiece(picture)])
+
+
+def _fidelity(
+    read: Reader, true: Sequence[np.ndarray], shown: Mapping[str, Sequence[np.ndarray]]
+) -> dict[str, dict[str, Any]]:
+    """Of what the reader finds in the true pictures, the share that it finds at the same position in those of a kind.
+
+    Returns:
+        {kind: {"share": {attribute: of all positions at which something stands}, "by_position": {attribute: shares},
+        "added": positions per picture at which something stands and nothing should}}. The kind `another image` is the
+        blind floor: each true picture judged by the one before it.
+    """
+    wanted = [read(picture) for picture in true]
+    kinds = {name: [read(picture) for picture in made] for name, made in shown.items()}
+    kinds["another image"] = [*wanted[1:], wanted[0]]
+    names = sorted({name for one in wanted for item in one if item for name in item})
+    return {kind: _shares(names, wanted, found) for kind, found in kinds.items()}
+
+
+def _shares(names: Sequence[str], wanted: Sequence[Any], found: Sequence[Any]) -> dict[str, Any]:
+    there = np.array([[item is not None for item in one] for one in wanted])
+    drawn = np.array([[item is not None for item in one] for one in found])
+    right = {"there": there & drawn}
+    for name in names:
+        same = [
+            [bool(a and b and a[name] == b[name]) for a, b in zip(*pair, strict=True)]
+            for pair in zip(wanted, found, strict=True)
+        ]
+        right[name] = np.array(same)
+    return {
+        "share": {name: float(is_right.sum() / max(there.sum(), 1)) for name, is_right in right.items()},
+        "by_position": {
+            name: (is_right.sum(axis=0) / np.maximum(there.sum(axis=0), 1)).tolist() for name, is_right in right.items()
+        },
+        "added": float((drawn & ~there).sum() / len(there)),
+    }
 
 
 def _copied(true: np.ndarray, mean: np.ndarray) -> np.ndarray:
@@ -263,6 +347,9 @@ def format_rollout_error(result: Mapping[str, Any]) -> str:
         f"  the leak: {leak['r_squared']:.3f} of the next embedding's variance follows from earlier ones without text "
         f"({leak['encoder_attention']} encoder); teacher forcing is optimistic by what of that is pixels"
     )
+    for kind, found in result.get("attributes", {}).items():
+        shares = ", ".join(f"{name} {share:.3f}" for name, share in found["share"].items())
+        lines.append(f"  read in {kind}: {shares}; {found['added']:.2f} added a picture")
     lines.append(
         f"  found among {result['num_images']} by all positions: {result['retrieval_by_position'][-1]:.3f} "
         f"(chance {result['chance']:.3f})"
@@ -276,7 +363,7 @@ def plot_rollout_error(result: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    shades = {"free_running": "#c2570c", "teacher_forced": "#1b6ca8", "floor": "#6b7280"}
+    shades = {"free_running": "#c2570c", "teacher_forced": "#1b6ca8", "floor": "#6b7280", "drawn": "#7a3e9d"}
     for name, curve in result["curves"].items():
         positions = np.arange(1, len(curve) + 1)
         is_main, is_baseline = name in shades, name in ("mean_embedding", "copy_previous")

@@ -1,17 +1,17 @@
-"""Pixels from visual embeddings: the renderer's flow, followed from noise to an image."""
+"""Pixels from a flow, followed from noise: an image from visual embeddings, or one block from a hidden state."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from unihetero_jax.arrays import Flow, typechecked
-from unihetero_jax.config import MERGED_PATCHES, Config, patch_values, pixel_role
+from unihetero_jax.config import Config, patch_values, pixel_role
 from unihetero_jax.data.records import MERGE_SIZE
 from unihetero_jax.data.transforms import patchify, unpatchify
-from unihetero_jax.model.unihetero import Params, build
+from unihetero_jax.model.unihetero import Params, UniHetero, build
 
 
 def draw_images(
@@ -36,7 +36,14 @@ def draw_images(
     empty = np.zeros((grid[0] * side, grid[1] * side, 3), np.uint8)
     _, coords = patchify(empty, patch_size)
     patches = draw_patches(config, params, jnp.asarray(embeddings, jnp.float32), jnp.asarray(coords, jnp.int32), key)
-    return [unpatchify(one, grid[0] * side, grid[1] * side, patch_size) for one in np.asarray(patches)]
+    return images_of(config, np.asarray(patches), grid)
+
+
+def images_of(config: Config, patches: np.ndarray, grid: tuple[int, int]) -> list[np.ndarray]:
+    """`uint8[h, w, 3]` of each row of block-major patches; the grid is in visual tokens."""
+    patch_size = config.model.encoder.patch_size
+    height, width = (MERGE_SIZE * patch_size * side for side in grid)
+    return [unpatchify(one, height, width, patch_size) for one in patches]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -44,23 +51,31 @@ def draw_images(
 def draw_patches(
     config: Config, params: Params, embeddings: Float[Array, "B U D"], coords: jax.Array, key: PRNGKeyArray
 ) -> UInt8[Array, "B P F"]:
-    """The patches of one image per row, block-major; `coords` int32[P, 2] are their places.
+    """The patches of one image per row, block-major; `coords` int32[P, 2] are their places."""
+    model = build(config.model, config.objective, params)
+    return follow_flow(config, model, embeddings, jnp.broadcast_to(coords, (embeddings.shape[0], *coords.shape)), key)
+
+
+def follow_flow(
+    config: Config,
+    model: UniHetero,
+    conditions: Float[Array, "B U D"],
+    places: Int[Array, "B P 2"],
+    key: PRNGKeyArray,
+) -> UInt8[Array, "B P F"]:
+    """Patches from noise, under one condition for each four of them: of one image per row, or of one block.
 
     Guidance (arXiv 2207.12598): velocity = without + scale (with - without); a scale of 1 costs one evaluation.
     """
     drawing = config.drawing
-    model = build(config.model, config.objective, params)
-    num_rows, num_visual = embeddings.shape[:2]
-    shape = (num_rows, num_visual * MERGED_PATCHES, patch_values(config.model.encoder))
-    places = jnp.broadcast_to(coords, (num_rows, *coords.shape))
-    one_image = jnp.ones(shape[:2], jnp.int32)
-    given = jnp.ones((num_rows, num_visual), bool)
+    shape = (*places.shape[:2], patch_values(config.model.encoder))
+    one_image, given = jnp.ones(shape[:2], jnp.int32), jnp.ones(conditions.shape[:2], bool)
 
     def velocity(y: jax.Array, tau: jax.Array) -> jax.Array:
         flow = Flow(y, jnp.broadcast_to(tau, shape[:2]), y, given)
 
         def under(is_conditioned: jax.Array) -> jax.Array:
-            return model.pixel_velocity(one_image, places, flow, embeddings.astype(model.dtype), is_conditioned)
+            return model.pixel_velocity(one_image, places, flow, conditions.astype(model.dtype), is_conditioned)
 
         if drawing.guidance == 1.0:
             return under(given)

@@ -39,7 +39,7 @@ from unihetero_jax.data.records import (
 )
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
-from unihetero_jax.inference.rollout import prefilled, roll_on
+from unihetero_jax.inference.rollout import asked_grid, prefilled, roll_on
 from unihetero_jax.inference.sampling import GREEDY, Sampling, sample
 from unihetero_jax.model.unihetero import Params, UniHetero, build
 from unihetero_jax.sharding import activation_mesh, fetch, local_rows, make_mesh, to_global
@@ -231,12 +231,12 @@ def draw_and_tell(
     """
     model = build(config.model, config.objective, params)
     last, cache = prefilled(model, batch, num_visual + 1 + max_new_tokens)
-    drawn, _, cache = roll_on(model, last, cache, num_visual, jax.random.fold_in(key, 0))
+    drawn, _, cache = roll_on(config, model, last, cache, asked_grid(batch), num_visual, jax.random.fold_in(key, 0))
     num_rows = batch.tokens.shape[0]
     closing = jnp.full((num_rows, 1), eoi_id, jnp.int32)
     last, cache = model.decode_step(_embedded(model, closing), cache)
     key = jax.random.fold_in(key, 1)
-    return drawn, _decode_on(model, last, cache, key, max_new_tokens, end_id, forbidden, sampling)[0]
+    return drawn.embeddings, _decode_on(model, last, cache, key, max_new_tokens, end_id, forbidden, sampling)[0]
 
 
 def _embedded(model: UniHetero, tokens: jax.Array) -> jax.Array:

@@ -26,13 +26,13 @@ from unihetero_jax.config import (
     target_dim,
     visual_target,
 )
-from unihetero_jax.model.attention import decoder_attention, encoder_attention
+from unihetero_jax.model.attention import RowAttention, decoder_attention, encoder_attention
 from unihetero_jax.model.decoder import Decoder
 from unihetero_jax.model.layers import ParamKeys
 from unihetero_jax.model.pixel_decoder import PixelDecoder
 from unihetero_jax.model.semantic_encoder import Projector, token_embedding_rms
 from unihetero_jax.model.semantic_head import SemanticHead
-from unihetero_jax.model.vision_encoder import VisionEncoder, merge_patches, with_class_tokens
+from unihetero_jax.model.vision_encoder import VisionEncoder, merge_patches, patch_places, with_class_tokens
 from unihetero_jax.sharding import constrain
 
 Params = dict[str, Any]
@@ -105,17 +105,39 @@ class UniHetero(nnx.Module):
     @typechecked
     def see(self, batch: Batch) -> VisionOutput:
         """The vision path alone: Visual Encoder, merge, Semantic Encoder."""
-        # A strip one visual token high is the longest image that the grid table allows.
-        max_patches = MERGED_PATCHES * self.config.decoder.max_grid
-        causal = self.config.encoder.attention == "causal"
-        segments = batch.patch_segment_ids
-        if self.config.encoder.class_token:
-            segments, max_patches = with_class_tokens(segments), None
-        attention = encoder_attention(self.config.attention_backend, segments, causal, max_patches)
+        attention = self._vision_attention(batch.patch_segment_ids)
         features = self.encoder(batch.patches, batch.patch_coords, batch.patch_grid, attention, self.dtype)
         merged = merge_patches(constrain(features, "batch", "replicated", "replicated"))
         patch_embeddings = merge_patches(self.encoder.embed_patches(batch.patches, self.dtype))
         return VisionOutput(merged, self.projector(merged), patch_embeddings)
+
+    def _vision_attention(self, segments: jax.Array) -> RowAttention:
+        # A strip one visual token high is the longest image that the grid table allows.
+        max_patches = MERGED_PATCHES * self.config.decoder.max_grid
+        causal = self.config.encoder.attention == "causal"
+        if self.config.encoder.class_token:
+            segments, max_patches = with_class_tokens(segments), None
+        return encoder_attention(self.config.attention_backend, segments, causal, max_patches)
+
+    @typechecked
+    def read_blocks(
+        self, patch_embeddings: Float[Array, "B U M"], grid: Int[Array, "B 2"], num_seen: Int[Array, ""]
+    ) -> Float[Array, "B U D"]:
+        """Input embeddings of one image per row whose first blocks alone are there yet.
+
+        Args:
+            patch_embeddings: the four patch embeddings of every block, as in `VisionOutput`.
+            grid: (height, width) in visual tokens, whose product is U.
+            num_seen: how many blocks are there; no patch attends to those that are not.
+        """
+        num_rows, num_tokens, _ = patch_embeddings.shape
+        embedded = patch_embeddings.reshape(num_rows, num_tokens * MERGED_PATCHES, -1)
+        is_there = jnp.arange(num_tokens * MERGED_PATCHES) < num_seen * MERGED_PATCHES
+        segments = jnp.broadcast_to(is_there.astype(jnp.int32), embedded.shape[:2])
+        places = patch_places(grid, num_tokens)
+        sizes = jnp.broadcast_to(2 * grid[:, None], places.shape)
+        features = self.encoder.features(embedded, places, sizes, self._vision_attention(segments))
+        return self.projector(merge_patches(features))
 
     @typechecked
     def embed(self, batch: Batch, vision: VisionOutput, cut_input_gradient: bool = False) -> Float[Array, "B T D"]:

@@ -81,16 +81,27 @@ class VisionEncoder(nnx.Module):
         attention: RowAttention,
         dtype: jnp.dtype,
     ) -> Float[Array, "B P E"]:
-        """Pixel values arrive as uint8 and are normalised here, on the device.
+        """Pixel values arrive as uint8 and are normalised here, on the device; the rest is `features`."""
+        return self.features(self.embed_patches(patches, dtype), patch_coords, patch_grid, attention)
+
+    @typechecked
+    def features(
+        self,
+        embedded: Float[Array, "B P E"],
+        patch_coords: Int[Array, "B P 2"],
+        patch_grid: Int[Array, "B P 2"],
+        attention: RowAttention,
+    ) -> Float[Array, "B P E"]:
+        """From `embed_patches`, or from what a model predicted in its place.
 
         `attention` from `encoder_attention`, over `with_class_tokens` of the segments where there are such tokens.
         """
-        side, num_patches = self.config.position_grid, patches.shape[1]
+        side, num_patches, dtype = self.config.position_grid, embedded.shape[1], embedded.dtype
         rows = resize_weights(patch_coords[..., 0], patch_grid[..., 0], side)
         columns = resize_weights(patch_coords[..., 1], patch_grid[..., 1], side)
         weights = (rows[..., :, None] * columns[..., None, :]).reshape(*rows.shape[:2], side * side)
         of_patches = self.position[...][int(self.config.class_token) :]
-        x = self.embed_patches(patches, dtype) + weights.astype(dtype) @ of_patches.astype(dtype)
+        x = embedded + weights.astype(dtype) @ of_patches.astype(dtype)
         if self.config.class_token:
             token = (self.class_token[...] + self.position[0]).astype(dtype)
             tokens = jnp.broadcast_to(token, (x.shape[0], num_patches // MERGED_PATCHES, x.shape[2]))
@@ -137,6 +148,15 @@ def with_class_tokens(patch_segment_ids: Int[Array, "B P"]) -> Int[Array, "B Q"]
     images = jnp.arange(1, num_patches // MERGED_PATCHES + 1, dtype=patch_segment_ids.dtype)
     is_there = images <= jnp.max(patch_segment_ids, axis=1, keepdims=True)
     return jnp.concatenate([patch_segment_ids, jnp.where(is_there, images, 0)], axis=1)
+
+
+@typechecked
+def patch_places(grid: Int[Array, "B 2"], num_tokens: int) -> Int[Array, "B P 2"]:
+    """(y, x) of the patches of one image per row, of (height, width) visual tokens, block-major as by `patchify`."""
+    block = jnp.arange(num_tokens * MERGED_PATCHES) // MERGED_PATCHES
+    within = jnp.arange(num_tokens * MERGED_PATCHES) % MERGED_PATCHES
+    width = jnp.maximum(grid[:, 1:], 1)
+    return jnp.stack([2 * (block // width) + within // 2, 2 * (block % width) + within % 2], axis=-1)
 
 
 @typechecked
