@@ -29,15 +29,16 @@ from unihetero_jax import compile_ahead, data_stats, distributed, explain, expor
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import SaveError, list_steps, read_metadata, restore_subtree, valid_step
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
-from unihetero_jax.config import Config, config_hash, rolls_out
+from unihetero_jax.config import Config, config_hash, pixel_role, rolls_out, visual_target
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import MERGE_SIZE, RecordError, format_prompt, probe_image
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.evaluation import comparison, official
 from unihetero_jax.evaluation.benchmarks import read_benchmark
-from unihetero_jax.evaluation.diagnostics import check_candidates, rollout_retrieval
+from unihetero_jax.evaluation.diagnostics import Reader, check_candidates, rollout_retrieval
 from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct
 from unihetero_jax.evaluation.held_out import held_out_likelihood
+from unihetero_jax.evaluation.layers import format_layers, gradient_conflict, plot_layers, visual_layers
 from unihetero_jax.evaluation.page import write_page
 from unihetero_jax.evaluation.rollout_error import Judge, format_rollout_error, plot_rollout_error, rollout_error
 from unihetero_jax.evaluation.runner import (
@@ -153,6 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluates.add_argument(
         "--rollout-judge", default="", metavar="WORKDIR",
         help="also the error of rollouts by position, in the space of that run's encoder (experiments/scene_judge.py)",
+    )  # fmt: skip
+    evaluates.add_argument(
+        "--layers", action="store_true",
+        help="also, layer by layer: conflict of the losses' gradients, what stays of the image, linear probes",
     )  # fmt: skip
     evaluates.set_defaults(command=_evaluate)
 
@@ -308,9 +313,33 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
         _roll_out(run, to_path(flags.workdir) / "eval")
     if flags.rollout_judge:
         _measure_rollout_error(run, flags.rollout_judge, to_path(flags.workdir) / "eval")
+    if flags.layers:
+        _measure_layers(run, flags.workdir, flags.replicate)
     if distributed.is_lead():
         announce(f"page: {write_page(flags.workdir)}")
     return run
+
+
+def _measure_layers(run: "Run", workdir: str, replicate: int) -> None:
+    """Written to `layers-<step>.json` and `.png`, and printed."""
+    config, folder = run.config, to_path(workdir) / "eval"
+    other = "visual" if visual_target(config.objective) else "pixel" if pixel_role(config.objective) else None
+    averages = load_averages(run, workdir, replicate) if other else {}
+    conflict = gradient_conflict(config, run.params, averages, run.tokenizer) if other else []
+    layers = visual_layers(config, run.params, run.tokenizer, _reader(config))
+    result = {"conflict": conflict, "other_loss": other, "layers": layers, "objective": config.objective}
+    result |= {"step": run.step, "config_hash": run.config_hash}
+    announce(format_layers(result))
+    if distributed.is_lead():
+        write_json(folder / f"layers-{run.step}.json", result)
+        with local_target(folder / f"layers-{run.step}.png") as path:
+            plot_layers(result, path)
+
+
+def _reader(config: Config) -> Reader | None:
+    """Of the easy scene world where a visual token is a cell of its grid: there one object stands, or none."""
+    is_cell = config.model.encoder.patch_size * MERGE_SIZE == CELL
+    return read_cells if config.scene_world.level == "easy" and is_cell else None
 
 
 def _training_prior(config: Config, max_records: int) -> TrainingPrior | None:
@@ -602,10 +631,7 @@ def _measure_rollout_error(run: "Run", judge_workdir: str, folder: epath.Path) -
     """Written to `rollout-error-<step>.json` and `.png`, and printed."""
     found = load_run(judge_workdir, -1, 0)
     judge = Judge(found.config, found.params, found.tokenizer)
-    # A position of the easy level is a cell of its grid, where one object stands or none.
-    one_to_one = run.config.scene_world.level == "easy" and run.config.model.encoder.patch_size * MERGE_SIZE == CELL
-    read = read_cells if one_to_one else None
-    result = rollout_error(run.config, run.params, run.tokenizer, judge, read)
+    result = rollout_error(run.config, run.params, run.tokenizer, judge, _reader(run.config))
     result |= {"objective": run.config.objective, "step": run.step, "config_hash": run.config_hash}
     announce(format_rollout_error(result))
     if distributed.is_lead():
@@ -653,6 +679,15 @@ def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] =
     _, restored, _ = restore_subtree(workdir, stored_step, prefixes, target)
     params = _one_replicate(params_in_use(restored["params"], restored.get("ema", {})), config, replicate)
     return Run(config, metadata["config_hash"], stored_step, params, tokenizer)
+
+
+def load_averages(run: Run, workdir: str, replicate: int) -> Params:
+    """The averages of a run's state, by component; empty where it keeps none."""
+    target = abstract_state(run.config, make_mesh(run.config.mesh)).ema
+    if not target:
+        return {}
+    _, restored, _ = restore_subtree(workdir, run.step, ["ema"], {"ema": target})
+    return _one_replicate(restored["ema"], run.config, replicate)
 
 
 def model_of(run: Run, max_new_tokens: int = 32) -> Model:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,10 @@ from unihetero_jax.inference.generate import prompt_batch
 from unihetero_jax.inference.rollout import rollout
 from unihetero_jax.model.unihetero import Params, build
 from unihetero_jax.sharding import fetch
+
+MAX_FIT_IMAGES = 1024
+Reader = Callable[[np.ndarray], Sequence[Mapping[str, str] | None]]
+"""Names what stands at each position of a picture, attribute by attribute; None where nothing does."""
 
 
 def check_candidates(config: Config, tokenizer: Tokenizer) -> None:
@@ -87,6 +91,27 @@ def rollout_retrieval(config: Config, params: Params, tokenizer: Tokenizer) -> d
     return {"source": source, "data_hash": data_hash, **compared}
 
 
+def held_out_samples(config: Config, tokenizer: Tokenizer) -> tuple[list[PackedSample], list[PackedSample], str]:
+    """Images to measure and images to fit a map on, of the validation split of `eval.rollout_source`, and the hash of
+    the former.
+
+    Raises:
+        ValueError: fewer than twice `eval.rollout_candidates` records ask for one image.
+    """
+    source, needed = config.eval.rollout_source, config.eval.rollout_candidates
+    opened = open_split(config, tokenizer, source, "val")
+    stored = [opened.read(int(record)) for record in drawn_records(opened)[: needed + MAX_FIT_IMAGES]]
+    opened.close()
+    if len(stored) < 2 * needed:
+        raise ValueError(
+            f"eval.rollout_source: {len(stored)} validation records of {source} ask for one image; to measure "
+            f"eval.rollout_candidates = {needed} of them, as many others are needed to fit a map on"
+        )
+    samples = [sample_from_record(deserialize(data), tokenizer, image_spec(config)) for data in stored]
+    data_hash = hashlib.blake2b(b"".join(stored[:needed]), digest_size=8).hexdigest()
+    return samples[:needed], samples[needed:], data_hash
+
+
 def drawing_prompts(config: Config, tokenizer: Tokenizer, samples: list[PackedSample]) -> Batch:
     """The samples' texts up to `<boi>`, which carries the grid of their images."""
     grid = common_grid(config, samples)
@@ -122,8 +147,18 @@ def _image(sample: PackedSample) -> ImagePiece:
     return next(piece for piece in sample.pieces if isinstance(piece, ImagePiece))
 
 
+def image_of(sample: PackedSample) -> np.ndarray:
+    """The pixels of a sample's first image, `uint8[h, w, 3]`."""
+    return _image(sample).pixels
+
+
 def see_images(config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence[PackedSample]) -> VisionOutput:
     """What the vision path makes of the samples' images, of one grid of N tokens: numpy arrays [images, N, width]."""
+    return jax.tree.map(fetch, _see(config, params, boi_rows(config, tokenizer, samples)))
+
+
+def boi_rows(config: Config, tokenizer: Tokenizer, samples: Sequence[PackedSample]) -> Batch:
+    """A row for each sample's image, of one grid: `<boi>` and the image, N + 1 positions."""
     height, width = common_grid(config, samples)
     patch_size, num_tokens = config.model.encoder.patch_size, height * width
     rows = []
@@ -131,7 +166,7 @@ def see_images(config: Config, params: Params, tokenizer: Tokenizer, samples: Se
         alone = PackedSample([TokenPiece([tokenizer.boi_id]), _image(sample)])
         rows.append(assemble_row([alone], num_tokens + 1, num_tokens * MERGED_PATCHES, patch_size, tokenizer.pad_id))
     whole: dict[str, Any] = stack_rows(rows)
-    return jax.tree.map(fetch, _see(config, params, Batch(**whole)))
+    return Batch(**whole)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -17,7 +17,7 @@ drawn from the true embeddings.
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,16 @@ import numpy as np
 
 from unihetero_jax.arrays import VisionOutput
 from unihetero_jax.config import Config, pixel_role
-from unihetero_jax.data.mixture import image_spec, open_split
-from unihetero_jax.data.packing import ImagePiece, PackedSample, TokenPiece, sample_from_record
-from unihetero_jax.data.records import deserialize
+from unihetero_jax.data.packing import ImagePiece, PackedSample, TokenPiece
 from unihetero_jax.data.tokenizer import Tokenizer
-from unihetero_jax.evaluation.diagnostics import common_grid, drawing_prompts, drawn_records, see_images
+from unihetero_jax.evaluation.diagnostics import (
+    Reader,
+    common_grid,
+    drawing_prompts,
+    held_out_samples,
+    image_of,
+    see_images,
+)
 from unihetero_jax.evaluation.drawings import BlockBank, pictures_of
 from unihetero_jax.inference.draw import draw_images
 from unihetero_jax.inference.rollout import Rollout, rollout
@@ -39,7 +44,6 @@ from unihetero_jax.sharding import fetch
 
 TEACHER_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of an image's positions whose inputs are true; 0 is free running, 1 is teacher forcing."""
-MAX_FIT_IMAGES = 1024
 NUM_DRAWS = 1000
 _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the map, relative to the mean square of its inputs; the best on a fifth of its images is taken."""
@@ -61,9 +65,6 @@ class Judge:
         for leaf in jax.tree.leaves(self.params["encoder"]):
             digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
         return digest.hexdigest()
-
-
-Reader = Callable[[np.ndarray], Sequence[Mapping[str, str] | None]]
 
 
 def rollout_error(
@@ -94,7 +95,7 @@ def rollout_error(
             f"--rollout-judge: reads patches of {judge.config.model.encoder.patch_size} pixels, the run of "
             f"{config.model.encoder.patch_size}; they see different visual tokens, train a judge of the run's size"
         )
-    measured, fitting, data_hash = _samples(config, tokenizer)
+    measured, fitting, data_hash = held_out_samples(config, tokenizer)
     vision, seen = _see(config, params, tokenizer, measured), _judged(judge, measured)
     fit_vision, seen_fit = _see(config, params, tokenizer, fitting), _judged(judge, fitting)
     true, true_fit = (np.asarray(x.visual_embeddings, np.float64) for x in (vision, fit_vision))
@@ -113,9 +114,9 @@ def rollout_error(
     result = summarise(errors, variance)
     result["retrieval_by_position"] = _retrieval(guesses["free_running"], seen)
     if read is not None:
-        bank = BlockBank.of([_image(sample) for sample in fitting], true_fit, grid)
+        bank = BlockBank.of([image_of(sample) for sample in fitting], true_fit, grid)
         shown = {"nearest blocks": bank.draw(np.asarray(rollouts["free_running"].embeddings))} | pictures
-        result["attributes"] = _fidelity(read, [_image(sample) for sample in measured], shown)
+        result["attributes"] = _fidelity(read, [image_of(sample) for sample in measured], shown)
     result["leak"] = {
         "r_squared": _leak(true_fit, true), "encoder_attention": config.model.encoder.attention,
     }  # fmt: skip
@@ -123,22 +124,6 @@ def rollout_error(
         "source": config.eval.rollout_source, "data_hash": data_hash, "judge": judge.digest,
         "num_images": len(measured), "num_fit_images": len(fitting), "chance": 1 / len(measured),
     }  # fmt: skip
-
-
-def _samples(config: Config, tokenizer: Tokenizer) -> tuple[list[PackedSample], list[PackedSample], str]:
-    """Images to measure and images to fit the map on, of the validation split, and the hash of the former."""
-    source, needed = config.eval.rollout_source, config.eval.rollout_candidates
-    opened = open_split(config, tokenizer, source, "val")
-    stored = [opened.read(int(record)) for record in drawn_records(opened)[: needed + MAX_FIT_IMAGES]]
-    opened.close()
-    if len(stored) < 2 * needed:
-        raise ValueError(
-            f"eval.rollout_source: {len(stored)} validation records of {source} ask for one image; the error of a "
-            f"rollout needs eval.rollout_candidates = {needed} to measure and as many to fit the map to the judge"
-        )
-    samples = [sample_from_record(deserialize(data), tokenizer, image_spec(config)) for data in stored]
-    data_hash = hashlib.blake2b(b"".join(stored[:needed]), digest_size=8).hexdigest()
-    return samples[:needed], samples[needed:], data_hash
 
 
 def _see(config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence[PackedSample]) -> VisionOutput:
@@ -183,10 +168,6 @@ def _pictures(
         embeddings = np.asarray(true.visual_embeddings)
         pictures["reconstructed"] = draw_images(config, params, embeddings, grid, jax.random.key(0))
     return pictures
-
-
-def _image(sample: PackedSample) -> np.ndarray:
-    return next(piece.pixels for piece in sample.pieces if isinstance(piece, ImagePiece))
 
 
 def _sample(tokenizer: Tokenizer, picture: np.ndarray) -> PackedSample:

@@ -130,6 +130,18 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
     @typechecked
+    def by_layer(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attention: RowAttention
+    ) -> Float[Array, "L B T D"]:
+        """What each layer leaves behind, before the final norm."""
+
+        def call(block: DecoderBlock, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            x = block(x, positions, attention)
+            return x, x
+
+        return scan_layers(self.blocks, x, call, "none")[1]
+
+    @typechecked
     def cached(
         self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], mask: Bool[Array, "B S K"], cache: Cache
     ) -> tuple[Float[Array, "B S D"], Cache]:
