@@ -84,6 +84,7 @@ bench: $(STAMP) ## loader, attention, memory, checkpoints, option scoring, train
 	$(PY) -m benchmarks.memory
 	$(PY) -m benchmarks.checkpoint
 	$(PY) -m benchmarks.packed_scoring
+	$(PY) -m benchmarks.objective_cost
 	$(PY) -m benchmarks.train_step
 
 tpu-aot: .tpu-aot/.installed ## the compiler for TPUs, for `compile` on a machine without any: .tpu-aot

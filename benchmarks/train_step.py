@@ -117,8 +117,8 @@ def make_arrays(vocab_size: int) -> dict[str, np.ndarray]:
     return stack_rows([row])
 
 
-def make_jax_run(config: Config) -> tuple[Callable[[int], float], dict[str, Any]]:
-    """The project's own compiled train step on one device."""
+def make_jax_run(config: Config, arrays: dict[str, np.ndarray]) -> tuple[Callable[[int], float], dict[str, Any]]:
+    """The project's own compiled train step on one device, on rows that stay the same."""
     import jax
 
     from unihetero_jax import sharding, step
@@ -126,7 +126,7 @@ def make_jax_run(config: Config) -> tuple[Callable[[int], float], dict[str, Any]
     mesh = sharding.make_mesh(config.mesh)
     state = step.init_state(config, mesh)
     train_step = step.compile_train_step(config, mesh)
-    batch = sharding.to_global(make_arrays(config.model.decoder.vocab_size), mesh)
+    batch = sharding.to_global(arrays, mesh)
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     state, metrics = train_step(state, batch)
     first_loss = float(metrics.loss)
@@ -147,7 +147,8 @@ def serve_arm(name: str, arm: str) -> None:
     library, dtype, compiled = STEP_ARMS[arm]
     started = time.perf_counter()
     if library == "jax":
-        run, facts = make_jax_run(make_config(name, dtype))
+        config = make_config(name, dtype)
+        run, facts = make_jax_run(config, make_arrays(config.model.decoder.vocab_size))
     else:
         from benchmarks import torch_reference
 
