@@ -75,6 +75,7 @@ def get_config(arg: str = "") -> ConfigDict:
                     "condition_noise": 0.2,
                     "predicted_share": 0.25,
                 },
+                "visual_branch": {"split_layer": 0},
                 "compute_dtype": "float32",
                 "attention_backend": "auto",
             },
@@ -87,6 +88,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "target": "ema",  # plain stop-gradient with a trainable encoder collapses within the image
                 "ema_decay": 0.99,
                 "cut_input_gradient": False,
+                "cut_branch_gradient": False,
                 "visual_loss_on": "generated",  # teacher-forced loss on images read first is optimistic (the leak)
                 "target_shift": 1,
                 "target_shuffled": False,
@@ -110,6 +112,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "decoder_lr": 1.0,
                 "semantic_head_lr": 1.0,
                 "pixel_decoder_lr": 1.0,
+                "visual_branch_lr": 1.0,
                 "frozen": (),
             },
             "init_from": {"workdir": "", "step": -1, "components": (), "language_model": "", "vision_encoder": ""},

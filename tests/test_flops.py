@@ -62,6 +62,7 @@ def test_training_step_by_hand():
         "lm_head": 3 * LM_HEAD,
         "semantic_head": 3 * 2 * 20 * (6 * 5 + 5 * 6),
         "pixel_decoder": 0,
+        "visual_branch": 0,
         "ema_target": ENCODER_DENSE + ENCODER_ATTENTION + PROJECTOR,
         "total": flops["total"],
     }

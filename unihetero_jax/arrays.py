@@ -146,7 +146,8 @@ class ModelOutput:
     """What the losses see.
 
     Attributes:
-        hidden: final normalised hidden states.
+        hidden: final normalised hidden states, that text is predicted from.
+        visual_hidden: those that images are predicted from: of the visual branch, or the same.
         input_embeddings: `X`, token embeddings with visual embeddings put in place.
         vision: the online vision path's output.
         predicted_embeddings: semantic head's prediction *of the next position* from each position, or None when
@@ -156,6 +157,7 @@ class ModelOutput:
     """
 
     hidden: Float[Array, "B T D"]
+    visual_hidden: Float[Array, "B T D"]
     input_embeddings: Float[Array, "B T D"]
     vision: VisionOutput
     predicted_embeddings: Any
@@ -164,11 +166,19 @@ class ModelOutput:
 
 
 @pytree_dataclass
+class Hidden:
+    """The hidden state at one position of each row, that text and that images are predicted from; one, or two."""
+
+    text: Float[Array, "B D"]
+    visual: Float[Array, "B D"]
+
+
+@pytree_dataclass
 class Cache:
     """Keys and values of what has been read so far; position p of a row lies in slot p.
 
     Attributes:
-        keys, values: by layer, row and slot.
+        keys, values: by layer, row and slot; the layers of a visual branch follow the decoder's.
         length: slots in use of each row.
     """
 

@@ -36,7 +36,7 @@ PIXEL_ROLES: Mapping[Objective, PixelRole] = {
     "pixel_through": "through", "pixel_detached": "detached", "unihetero": "renderer",
 }  # fmt: skip
 """Of the objectives that have a pixel decoder."""
-Component = Literal["encoder", "projector", "decoder", "semantic_head", "pixel_decoder"]
+Component = Literal["encoder", "projector", "decoder", "visual_branch", "semantic_head", "pixel_decoder"]
 Remat = Literal["none", "dots", "full"]
 Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "dense", "jax_nn", "splash"]
@@ -146,6 +146,20 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VisualBranchConfig:
+    """The decoder's upper layers once more, for visual prediction alone (arXiv 2608.12209, where the split is at half).
+
+    They start as a copy and are trained by the visual loss only, the decoder's own by the text loss only; below the
+    split both reach what is shared, unless `loss.cut_branch_gradient`. Text alone never runs them.
+
+    Attributes:
+        split_layer: layers that are shared; 0: no branch.
+    """
+
+    split_layer: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class SemanticHeadConfig:
     """Generation Head: an MLP of one hidden layer from a hidden state to the next embedding.
 
@@ -204,6 +218,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"]
     attention_backend: AttentionBackend = "auto"
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
+    visual_branch: VisualBranchConfig = VisualBranchConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +236,7 @@ class LossConfig:
         ema_decay: decay of that average; fit it to the run's length (.99 for a thousand steps, .999 for long runs).
         cut_input_gradient: stops every loss's gradient at the visual *inputs* of samples with an image that carries the
             visual loss; encoder and projector then learn from the text of the other samples.
+        cut_branch_gradient: with a visual branch, stops the gradient of what it predicts at the split.
         visual_loss_on: images that come after text (`generated`), or all.
         target_shift: 1: the next position's target is predicted; 0: the position's own, which is supervision without
             generation (a control).
@@ -245,6 +261,7 @@ class LossConfig:
     target_shuffled: bool = False
     pixel_weight: float = 1.0
     pixel_ema_decay: float = 0.0
+    cut_branch_gradient: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +284,7 @@ class OptimizerConfig:
     semantic_head_lr: float
     frozen: tuple[Component, ...]
     pixel_decoder_lr: float = 1.0
+    visual_branch_lr: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -566,9 +584,18 @@ def pixel_role(objective: Objective) -> PixelRole | None:
     return PIXEL_ROLES.get(objective)
 
 
-def components_of(objective: Objective) -> tuple[Component, ...]:
+def num_branch_layers(model: ModelConfig, objective: Objective) -> int:
+    """Layers of the visual branch; 0 without one, or where nothing visual is predicted."""
+    split = model.visual_branch.split_layer
+    predicts = visual_target(objective) is not None or pixel_role(objective) is not None
+    return model.decoder.num_layers - split if split and predicts else 0
+
+
+def components_of(model: ModelConfig, objective: Objective) -> tuple[Component, ...]:
     """The components that a model of this objective has."""
     components: list[Component] = ["encoder", "projector", "decoder"]
+    if num_branch_layers(model, objective):
+        components.append("visual_branch")
     if visual_target(objective):
         components.append("semantic_head")
     if pixel_role(objective):
@@ -738,11 +765,16 @@ def _validate_model(model: ModelConfig) -> list[str]:
 
 
 def _head_rules(model: ModelConfig) -> list[tuple[bool, str]]:
-    head, pixels = model.semantic_head, model.pixel_decoder
+    head, pixels, split = model.semantic_head, model.pixel_decoder, model.visual_branch.split_layer
     return [
         (
             0 < head.statistics_decay < 1,
             f"model.semantic_head.statistics_decay {head.statistics_decay} must lie in (0, 1)",
+        ),
+        (
+            0 <= split < max(model.decoder.num_layers, 1),
+            f"model.visual_branch.split_layer {split} must leave layers above it: 0 (no branch) to "
+            f"{model.decoder.num_layers - 1}",
         ),
         (
             pixels.dim % max(pixels.num_heads, 1) == 0,
@@ -964,12 +996,16 @@ def _validate_run(config: Config) -> list[str]:
 
 def _objective_rules(config: Config) -> list[tuple[bool, str]]:
     objective, loss, head = config.objective, config.loss, config.model.semantic_head
-    absent = [name for name in config.init_from.components if name not in components_of(objective)]
+    absent = [name for name in config.init_from.components if name not in components_of(config.model, objective)]
     return [
         (not absent, f"init_from.components names {', '.join(absent)}, which objective={objective} does not have"),
         (
-            bool(set(components_of(objective)) - set(config.optimizer.frozen)),
+            bool(set(components_of(config.model, objective)) - set(config.optimizer.frozen)),
             "optimizer.frozen freezes every component: nothing would train",
+        ),
+        (
+            pixel_role(objective) != "detached" or not config.model.visual_branch.split_layer,
+            "objective=pixel_detached gives a visual branch no gradient; set model.visual_branch.split_layer=0",
         ),
         (
             not loss.target_shuffled or config.train.accumulation_steps == 1,

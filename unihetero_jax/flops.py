@@ -24,6 +24,7 @@ from unihetero_jax.config import (
     ModelConfig,
     Objective,
     head_widths,
+    num_branch_layers,
     patch_values,
     pixel_role,
     target_dim,
@@ -131,7 +132,8 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
         work: of the whole batch.
 
     Returns:
-        {"encoder", "projector", "decoder", "lm_head", "semantic_head", "pixel_decoder", "ema_target", "total"}. Zero
+        {"encoder", "projector", "decoder", "lm_head", "visual_branch", "semantic_head", "pixel_decoder", "ema_target",
+        "total"}. Zero
         for parts that the objective does not have. With replicates, those of one.
     """
     model, frozen = config.model, config.optimizer.frozen
@@ -156,17 +158,25 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
         + _step_attention(decoder_attention, below_heads),
         # Tied or not, the unembedding belongs to the decoder.
         "lm_head": _step(lm_head, trains["decoder"], below_heads),
+        "visual_branch": 0.0,
         "semantic_head": 0.0,
         "pixel_decoder": 0.0,
         "ema_target": 0.0,
     }
+    below_visual = below_heads
+    if num_layers := num_branch_layers(model, config.objective):
+        share = num_layers / model.decoder.num_layers
+        below_branch = below_heads and not config.loss.cut_branch_gradient
+        below_visual = below_branch or trains["visual_branch"]
+        flops["visual_branch"] = _step(share * decoder_dense, trains["visual_branch"], below_branch)
+        flops["visual_branch"] += _step_attention(share * decoder_attention, below_visual)
     target = visual_target(config.objective)
     if target:
         head = 2 * work.tokens * _semantic_head_weights(model, config.objective)
-        flops["semantic_head"] = _step(head, trains["semantic_head"], below_heads)
+        flops["semantic_head"] = _step(head, trains["semantic_head"], below_visual)
     if pixel_role(config.objective):
         drawn = _pixel_decoder_flops(config, work)
-        below_pixels = below_heads and pixel_role(config.objective) == "through"
+        below_pixels = below_visual and pixel_role(config.objective) == "through"
         flops["pixel_decoder"] = _step(drawn, trains["pixel_decoder"], below_pixels)
     has_average = config.loss.target == "ema"
     # A frozen component equals its own average: the online output serves, unless its input differs.
@@ -187,6 +197,8 @@ def parameter_counts(model: ModelConfig, objective: Objective) -> dict[str, int]
         "projector": _projector_weights(model) + model.projector.hidden_dim + 2 * model.decoder.dim,
         "decoder": _decoder_parameters(model.decoder),
     }
+    if num_layers := num_branch_layers(model, objective):
+        counts["visual_branch"] = num_layers * _decoder_block_parameters(model.decoder) + model.decoder.dim
     if visual_target(objective):
         width = target_dim(model, objective)
         _, hidden = head_widths(model.semantic_head, model.decoder.dim, width)
@@ -234,15 +246,19 @@ def _decoder_weights(decoder: DecoderConfig) -> int:
 
 
 def _decoder_parameters(decoder: DecoderConfig) -> int:
-    queries, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     embeddings = decoder.vocab_size * decoder.dim * (1 if decoder.tied_embeddings else 2)
     grids = 2 * (decoder.max_grid + 1) * decoder.dim
-    block_rest = 2 * decoder.dim
+    return embeddings + grids + decoder.num_layers * _decoder_block_parameters(decoder) + decoder.dim
+
+
+def _decoder_block_parameters(decoder: DecoderConfig) -> int:
+    queries, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    rest = 2 * decoder.dim
     if decoder.qkv_bias:
-        block_rest += queries + 2 * keys
+        rest += queries + 2 * keys
     if decoder.qk_norm:
-        block_rest += 2 * decoder.head_dim
-    return embeddings + grids + _decoder_weights(decoder) + decoder.num_layers * block_rest + decoder.dim
+        rest += 2 * decoder.head_dim
+    return _decoder_weights(decoder) // decoder.num_layers + rest
 
 
 def _semantic_head_weights(model: ModelConfig, objective: Objective) -> int:

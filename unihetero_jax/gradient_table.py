@@ -71,6 +71,7 @@ def twin(config: Config) -> Config:
         projector=dataclasses.replace(model.projector, hidden_dim=8),
         semantic_head=dataclasses.replace(model.semantic_head, hidden_dim=8),
         pixel_decoder=dataclasses.replace(model.pixel_decoder, num_layers=2, dim=8, num_heads=2, mlp_dim=16),
+        visual_branch=dataclasses.replace(model.visual_branch, split_layer=min(model.visual_branch.split_layer, 1)),
     )  # fmt: skip
     train = dataclasses.replace(config.train, num_replicates=1, accumulation_steps=1)
     return dataclasses.replace(config, model=small, train=train, mesh=MeshConfig(1, 1, 1, 1))
@@ -115,7 +116,7 @@ def find_faults(config: Config, norms: Mapping[Any, Mapping[str, float]]) -> lis
     """Every cell of the table that is not as declared."""
     faults = []
     for loss, by_component in norms.items():
-        declared = reached(config.objective, loss, config.loss, config.optimizer.frozen)
+        declared = reached(config, loss)
         for component, norm in by_component.items():
             if (norm > 0) != (component in declared):
                 expected = "non-zero" if component in declared else "zero"

@@ -19,9 +19,11 @@ from unihetero_jax.config import (
     Component,
     Config,
     LossConfig,
+    ModelConfig,
     Objective,
     VisualTarget,
     components_of,
+    num_branch_layers,
     pixel_role,
     visual_target,
 )
@@ -66,23 +68,27 @@ not reach encoder and projector, and a frozen component is reached by nothing: `
 """
 
 
-def gradient_groups(objective: Objective) -> tuple[tuple[Component, ...], ...]:
+def gradient_groups(model: ModelConfig, objective: Objective) -> tuple[tuple[Component, ...], ...]:
     """Components that share a loss graph. Clipping acts within a group, so that an isolated part cannot change the size
     of the others' update.
     """
-    components = components_of(objective)
+    components = components_of(model, objective)
     if pixel_role(objective) in (None, "through"):
         return (components,)
     return tuple(name for name in components if name != "pixel_decoder"), ("pixel_decoder",)
 
 
-def reached(objective: Objective, loss: LossName, config: LossConfig, frozen: tuple[Component, ...]) -> set[Component]:
+def reached(config: Config, loss: LossName) -> set[Component]:
     """The components that a loss trains under this configuration."""
-    components = set(GRADIENT_TABLE[objective][loss])
+    components = set(GRADIENT_TABLE[config.objective][loss])
+    if loss != "text" and "decoder" in components and num_branch_layers(config.model, config.objective):
+        components.add("visual_branch")
+        if config.loss.cut_branch_gradient:
+            components -= set(_VISION_AND_LM)
     # The text of `generation` is that of samples with a drawn image alone: the cut is theirs, too.
-    if config.cut_input_gradient and (loss != "text" or objective == "generation"):
+    if config.loss.cut_input_gradient and (loss != "text" or config.objective == "generation"):
         components -= {"encoder", "projector"}
-    return components - set(frozen)
+    return components - set(config.optimizer.frozen)
 
 
 @typechecked
@@ -320,7 +326,7 @@ def pixel_flow(
         condition = jax.lax.stop_gradient(_renderer_condition(config, output, batch, predicted))
         groups = batch.patch_segment_ids
     else:
-        condition = _hidden_before(batch, output.hidden, num_visual)
+        condition = _hidden_before(batch, output.visual_hidden, num_visual)
         groups = jnp.broadcast_to(jnp.arange(num_visual * MERGED_PATCHES) // MERGED_PATCHES, batch.patches.shape[:2])
     if role == "detached":
         condition = jax.lax.stop_gradient(condition)

@@ -38,7 +38,7 @@ def loss_terms(
     params = params | frozen
     require_segments_alone(config.model.attention_backend, config.data.turns)
     model = unihetero.build(config.model, config.objective, params)
-    output = model(batch, config.loss.cut_input_gradient)
+    output = model(batch, config.loss.cut_input_gradient, config.loss.cut_branch_gradient)
     target, averages = output.vision, averages_of_targets(ema)
     if averages:
         averaged = unihetero.build(config.model, config.objective, jax.lax.stop_gradient(params | averages))
@@ -52,12 +52,13 @@ def loss_terms(
     flows = {}
     if visual_target(config.objective) and config.model.semantic_head.kind == "flow":
         flow = visual_flow(config, output, batch, target)
-        hidden = jnp.roll(output.hidden, config.loss.target_shift, axis=1)
+        hidden = jnp.roll(output.visual_hidden, config.loss.target_shift, axis=1)
         flows["visual"] = flow, model.semantic_head.velocity(hidden, flow.noisy, flow.tau)
     if pixel_role(config.objective):
         predicted = None
         if pixel_role(config.objective) == "renderer" and config.model.semantic_head.kind == "regression":
-            predicted = model.predict_embedding(output.hidden, jax.random.key(0))  # a regression head takes no noise
+            no_noise = jax.random.key(0)  # a regression head takes none
+            predicted = model.predict_embedding(output.visual_hidden, no_noise)
         flow, condition, is_conditioned = pixel_flow(config, output, batch, predicted)
         velocity = model.pixel_velocity(batch.patch_segment_ids, batch.patch_coords, flow, condition, is_conditioned)
         flows["pixel"] = flow, velocity
@@ -71,7 +72,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight = visual_weight(config.loss, state.step)
         gradients, losses = _accumulated_gradients(config, state, batch, weight)
-        groups = gradient_groups(config.objective)
+        groups = gradient_groups(config.model, config.objective)
         gradients, norms, finite = optim.clip_by_group(gradients, groups, config.optimizer.clip_norm)
         kept = {name: state.params[name] for name in gradients}
         updates, opt_state = optimizer.update(gradients, state.opt_state, kept)

@@ -243,8 +243,17 @@ def _init_from(config: Config, state: TrainState) -> TrainState:
         return jax.device_put(jnp.broadcast_to(new, old.shape), old.sharding)
 
     params = state.params | {name: jax.tree.map(place, tree, state.params[name]) for name, tree in loaded.items()}
+    if "visual_branch" in params and "decoder" in loaded and "visual_branch" not in loaded:
+        params["visual_branch"] = _upper_layers(config, params["decoder"], params["visual_branch"])
     ema = {name: jax.tree.map(jnp.copy, params[name]) for name in ema_components(config)}
     return TrainState(state.step, params, ema, state.opt_state, state.skipped, state.consecutive_skips)
+
+
+def _upper_layers(config: Config, decoder: Params, branch: Params) -> Params:
+    """A visual branch over a decoder that was loaded starts as its copy, like one over a fresh decoder."""
+    layers = (slice(None),) * (config.train.num_replicates > 1) + (slice(config.model.visual_branch.split_layer, None),)
+    copied = {"blocks": jax.tree.map(lambda x: x[layers], decoder["blocks"]), "norm": decoder["norm"]}
+    return jax.tree.map(lambda new, old: jax.device_put(jnp.array(new), old.sharding), copied, branch)
 
 
 def _abstract_params(config: Config, state: TrainState, components: Sequence[str]) -> Params:

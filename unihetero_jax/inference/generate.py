@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from unihetero_jax import distributed
-from unihetero_jax.arrays import Batch, Cache, typechecked
+from unihetero_jax.arrays import Batch, Cache, Hidden, typechecked
 from unihetero_jax.config import MERGED_PATCHES, Config
 from unihetero_jax.data.mixture import chat_around, image_spec
 from unihetero_jax.data.packing import (
@@ -39,7 +39,7 @@ from unihetero_jax.data.records import (
 )
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.data.transforms import resize_to_grid
-from unihetero_jax.inference.rollout import asked_grid, prefilled, roll_on
+from unihetero_jax.inference.rollout import asked_grid, roll_on
 from unihetero_jax.inference.sampling import GREEDY, Sampling, sample
 from unihetero_jax.model.unihetero import Params, UniHetero, build
 from unihetero_jax.sharding import activation_mesh, fetch, local_rows, make_mesh, to_global
@@ -203,7 +203,7 @@ def decode(
         Tokens, `end_id` from a row's end on, and the log-probability each had under the model (before temperature).
     """
     model = build(config.model, config.objective, params)
-    last, cache = prefilled(model, batch, max_new_tokens)
+    last, cache = model.prefill(batch, batch.tokens.shape[1] + max_new_tokens)
     return _decode_on(model, last, cache, key, max_new_tokens, end_id, forbidden, sampling)
 
 
@@ -230,7 +230,7 @@ def draw_and_tell(
         The embeddings of the image, and the tokens after it, `end_id` from a row's end on.
     """
     model = build(config.model, config.objective, params)
-    last, cache = prefilled(model, batch, num_visual + 1 + max_new_tokens)
+    last, cache = model.prefill(batch, batch.tokens.shape[1] + num_visual + 1 + max_new_tokens)
     drawn, _, cache = roll_on(config, model, last, cache, asked_grid(batch), num_visual, jax.random.fold_in(key, 0))
     num_rows = batch.tokens.shape[0]
     closing = jnp.full((num_rows, 1), eoi_id, jnp.int32)
@@ -246,7 +246,7 @@ def _embedded(model: UniHetero, tokens: jax.Array) -> jax.Array:
 
 def _decode_on(
     model: UniHetero,
-    last: jax.Array,
+    last: Hidden,
     cache: Cache,
     key: PRNGKeyArray,
     max_new_tokens: int,
@@ -255,11 +255,11 @@ def _decode_on(
     sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens and their log-probabilities after a hidden state, by the cache that belongs to it."""
-    num_rows = last.shape[0]
+    num_rows = last.text.shape[0]
     blocked = jnp.zeros(model.config.decoder.vocab_size, bool).at[jnp.asarray(forbidden, jnp.int32)].set(True)
 
     def next_token(step, last, ended):
-        logits = (last @ model.decoder.unembedding.T.astype(last.dtype)).astype(jnp.float32)
+        logits = (last.text @ model.decoder.unembedding.T.astype(last.text.dtype)).astype(jnp.float32)
         token = sample(jnp.where(blocked, -jnp.inf, logits), jax.random.fold_in(key, step), sampling)
         token = jnp.where(ended, end_id, token)
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=-1)[:, 0]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
-from unihetero_jax.arrays import Batch, Cache, VisionOutput, pytree_dataclass, typechecked
+from unihetero_jax.arrays import Batch, Cache, Hidden, VisionOutput, pytree_dataclass, typechecked
 from unihetero_jax.config import MERGED_PATCHES, Config, pixel_role, visual_target
 from unihetero_jax.inference.draw import follow_flow
 from unihetero_jax.model.unihetero import Params, UniHetero, build
@@ -58,14 +58,8 @@ def rollout(
         num_given: how many; one program serves all numbers.
     """
     model = build(config.model, config.objective, params)
-    last, cache = prefilled(model, batch, num_tokens)
+    last, cache = model.prefill(batch, batch.tokens.shape[1] + num_tokens)
     return roll_on(config, model, last, cache, asked_grid(batch), num_tokens, key, true, num_given)[0]
-
-
-def prefilled(model: UniHetero, batch: Batch, num_new: int) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads prompts; the hidden state at each one's end, and a cache with room for so many positions more."""
-    hidden, cache = model.prefill(batch, batch.tokens.shape[1] + num_new)
-    return jnp.take_along_axis(hidden, cache.length[:, None, None] - 1, axis=1)[:, 0], cache
 
 
 def asked_grid(batch: Batch) -> Int[Array, "B 2"]:
@@ -77,14 +71,14 @@ def asked_grid(batch: Batch) -> Int[Array, "B 2"]:
 def roll_on(
     config: Config,
     model: UniHetero,
-    last: Float[Array, "B D"],
+    last: Hidden,
     cache: Cache,
     grid: Int[Array, "B 2"],
     num_tokens: int,
     key: PRNGKeyArray,
     true: VisionOutput | None = None,
     num_given: Int[Array, ""] | int = 0,
-) -> tuple[Rollout, Float[Array, "B D"], Cache]:
+) -> tuple[Rollout, Hidden, Cache]:
     """The rollout from a hidden state: predictions, and the hidden state and the cache after them."""
     canvas = _Canvas.empty(config, model, grid, num_tokens) if _is_reread(config) else None
 
@@ -92,10 +86,10 @@ def roll_on(
         last, cache, canvas = carry
         own_key = jax.random.fold_in(key, number)
         if canvas is None:
-            predicted = model.predict_embedding(last, own_key)
+            predicted = model.predict_embedding(last.visual, own_key)
             pixels = None
         else:
-            block, pixels = _predicted_block(config, model, last, canvas, number, own_key)
+            block, pixels = _predicted_block(config, model, last.visual, canvas, number, own_key)
             canvas = canvas.with_block(number, block)
             predicted = model.read_blocks(canvas.blocks, canvas.grid, number + 1)[:, number]
         fed = predicted
@@ -110,7 +104,7 @@ def roll_on(
 
     (last, cache, _), (predicted, pixels) = jax.lax.scan(step, (last, cache, canvas), jnp.arange(num_tokens))
     if pixels is not None:
-        pixels = pixels.swapaxes(0, 1).reshape(last.shape[0], num_tokens * MERGED_PATCHES, -1)
+        pixels = pixels.swapaxes(0, 1).reshape(grid.shape[0], num_tokens * MERGED_PATCHES, -1)
     return Rollout(predicted.swapaxes(0, 1), pixels), last, cache
 
 

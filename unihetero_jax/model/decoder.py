@@ -1,18 +1,21 @@
 """Shared Decoder: the causal language model over token and visual embeddings alike."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import Cache, typechecked
-from unihetero_jax.config import DecoderConfig
+from unihetero_jax.config import DecoderConfig, Remat
 from unihetero_jax.model.attention import RowAttention, attend, rope_frequencies, rotate
 from unihetero_jax.model.layers import (
     GatedMLP,
     Linear,
     ParamKeys,
     RMSNorm,
+    layers_between,
     lookup,
     parameter,
     scan_layers,
@@ -124,10 +127,16 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attention: RowAttention
     ) -> Float[Array, "B T D"]:
         """Whole rows; `attention` from `decoder_attention`."""
-        x, _ = scan_layers(
-            self.blocks, x, lambda block, x, _: (block(x, positions, attention), None), self.config.remat
-        )
-        return self.norm(x)
+        return self.norm(_run(self.blocks, x, positions, attention, self.config.remat))
+
+    def below(self, x: jax.Array, split: int, positions: jax.Array, attention: RowAttention) -> jax.Array:
+        """The layers before `split`."""
+        return _run(layers_between(self.blocks, 0, split), x, positions, attention, self.config.remat)
+
+    def above(self, x: jax.Array, split: int, positions: jax.Array, attention: RowAttention) -> jax.Array:
+        """The layers from `split` on and the final norm."""
+        upper = layers_between(self.blocks, split, self.config.num_layers)
+        return self.norm(_run(upper, x, positions, attention, self.config.remat))
 
     @typechecked
     def by_layer(
@@ -146,11 +155,54 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], mask: Bool[Array, "B S K"], cache: Cache
     ) -> tuple[Float[Array, "B S D"], Cache]:
         """Reads `S` new positions and remembers them. `cache.length` is the caller's to advance."""
-        x, (keys, values) = scan_layers(
-            self.blocks,
-            x,
-            lambda block, x, slots: block.cached(x, positions, mask, slots),
-            "none",
-            per_layer=(cache.keys, cache.values),
+        x, slots = _run_cached(self.blocks, x, positions, mask, (cache.keys, cache.values))
+        return self.norm(x), Cache(slots[0], slots[1], cache.length)
+
+    @typechecked
+    def cached_with_branch(
+        self,
+        branch: "VisualBranch",
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        mask: Bool[Array, "B S K"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"], Cache]:
+        """The same, and what the branch makes of it; its layers' keys and values follow the decoder's in the cache."""
+        num_layers, split = self.config.num_layers, branch.split
+        slots = (cache.keys, cache.values)
+        lower, upper, own = (
+            jax.tree.map(lambda x: x[part], slots)  # noqa: B023
+            for part in (slice(split), slice(split, num_layers), slice(num_layers, None))
         )
-        return self.norm(x), Cache(keys, values, cache.length)
+        x, lower = _run_cached(layers_between(self.blocks, 0, split), x, positions, mask, lower)
+        text, upper = _run_cached(layers_between(self.blocks, split, num_layers), x, positions, mask, upper)
+        visual, own = _run_cached(branch.blocks, x, positions, mask, own)
+        joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), lower, upper, own)
+        return self.norm(text), branch.norm(visual), Cache(joined[0], joined[1], cache.length)
+
+
+class VisualBranch(nnx.Module):
+    """The decoder's layers from `split` on and its final norm once more, which start as they do."""
+
+    def __init__(self, config: DecoderConfig, split: int, keys: ParamKeys):
+        """`keys` are the decoder's own."""
+        self.config, self.split = config, split
+        self.blocks = stack_layers(lambda k: DecoderBlock(config, k), config.num_layers, keys.child("blocks"), split)
+        self.norm = RMSNorm(config.dim, config.norm_eps, keys.child("norm"))
+
+    @typechecked
+    def __call__(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attention: RowAttention
+    ) -> Float[Array, "B T D"]:
+        """Whole rows, from what the shared layers leave behind."""
+        return self.norm(_run(self.blocks, x, positions, attention, self.config.remat))
+
+
+def _run(blocks: nnx.Module, x: jax.Array, positions: jax.Array, attention: RowAttention, remat: Remat) -> jax.Array:
+    return scan_layers(blocks, x, lambda block, x, _: (block(x, positions, attention), None), remat)[0]
+
+
+def _run_cached(blocks: nnx.Module, x: jax.Array, positions: jax.Array, mask: jax.Array, slots: Any) -> tuple[Any, Any]:
+    return scan_layers(
+        blocks, x, lambda block, x, slots: block.cached(x, positions, mask, slots), "none", per_layer=slots
+    )

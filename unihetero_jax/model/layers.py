@@ -176,10 +176,18 @@ def _lookup_backward(dtype: jnp.dtype, residuals: Any, gradient: jax.Array) -> t
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def stack_layers(make: Callable[[ParamKeys], Module], num_layers: int, keys: ParamKeys) -> Module:
-    """One module whose parameters have a leading layer axis; each layer has its own keys."""
-    layer_keys = jnp.stack([keys.child(str(i)).key for i in range(num_layers)])
+def stack_layers(make: Callable[[ParamKeys], Module], num_layers: int, keys: ParamKeys, first: int = 0) -> Module:
+    """One module whose parameters have a leading layer axis; each layer has its own keys, from `first` on."""
+    layer_keys = jnp.stack([keys.child(str(i)).key for i in range(first, num_layers)])
     return nnx.vmap(lambda key: make(ParamKeys(key)))(layer_keys)
+
+
+def layers_between(blocks: Module, start: int, stop: int) -> Module:
+    """Some of stacked layers; all of them are `blocks` itself."""
+    graphdef, state = nnx.split(blocks)
+    if stop - start == jax.tree.leaves(state)[0].shape[0]:
+        return blocks
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x[start:stop], state))
 
 
 def scan_layers(blocks: nnx.Module, carry: Any, call: Callable[..., Any], remat: Remat, per_layer: Any = None) -> Any:

@@ -16,18 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from unihetero_jax.arrays import Batch, Cache, Flow, ModelOutput, VisionOutput, typechecked
+from unihetero_jax.arrays import Batch, Cache, Flow, Hidden, ModelOutput, VisionOutput, typechecked
 from unihetero_jax.config import (
     MERGED_PATCHES,
     ModelConfig,
     Objective,
+    num_branch_layers,
     patch_values,
     pixel_role,
     target_dim,
     visual_target,
 )
 from unihetero_jax.model.attention import RowAttention, decoder_attention, encoder_attention
-from unihetero_jax.model.decoder import Decoder
+from unihetero_jax.model.decoder import Decoder, VisualBranch
 from unihetero_jax.model.layers import ParamKeys
 from unihetero_jax.model.pixel_decoder import PixelDecoder
 from unihetero_jax.model.semantic_encoder import Projector, token_embedding_rms
@@ -52,6 +53,9 @@ class UniHetero(nnx.Module):
         self.encoder = VisionEncoder(config.encoder, keys.child("encoder"))
         self.projector = Projector(config, keys.child("projector"))
         self.decoder = Decoder(config.decoder, token_embedding_rms(config), keys.child("decoder"))
+        split = config.visual_branch.split_layer if num_branch_layers(config, objective) else 0
+        # It has the decoder's own keys, so it starts as the copy of its upper layers.
+        self.visual_branch = VisualBranch(config.decoder, split, keys.child("decoder")) if split else None
         self.has_head = visual_target(objective) is not None
         if self.has_head:
             width = target_dim(config, objective)
@@ -64,24 +68,34 @@ class UniHetero(nnx.Module):
             )
 
     @typechecked
-    def __call__(self, batch: Batch, cut_input_gradient: bool = False) -> ModelOutput:
+    def __call__(
+        self, batch: Batch, cut_input_gradient: bool = False, cut_branch_gradient: bool = False
+    ) -> ModelOutput:
         """Reads whole packed rows.
 
         Args:
             batch: packed rows.
             cut_input_gradient: stop the gradient at the visual *inputs* of samples with an image that carries the
                 visual loss, so that the loss cannot be lowered by making its own inputs easy to predict from.
+            cut_branch_gradient: stop the gradient where the visual branch begins.
         """
         vision = self.see(batch)
         x = constrain(self.embed(batch, vision, cut_input_gradient), "batch", "sequence", "replicated")
         attention = decoder_attention(self.config.attention_backend, batch.segment_ids, batch.branch_ids)
-        hidden = self.decoder(x, batch.positions, attention)
-        hidden = constrain(hidden, "batch", "sequence", "replicated")
+        if self.visual_branch is None:
+            hidden = visual = constrain(self.decoder(x, batch.positions, attention), "batch", "sequence", "replicated")
+        else:
+            split = self.visual_branch.split
+            shared = self.decoder.below(x, split, batch.positions, attention)
+            hidden = self.decoder.above(shared, split, batch.positions, attention)
+            shared = jax.lax.stop_gradient(shared) if cut_branch_gradient else shared
+            visual = self.visual_branch(shared, batch.positions, attention)
+            hidden, visual = (constrain(one, "batch", "sequence", "replicated") for one in (hidden, visual))
         predicted = statistics = None
         if self.has_head:
             statistics = self.semantic_head.statistics
-            predicted = self.semantic_head(hidden) if self.config.semantic_head.kind == "regression" else None
-        return ModelOutput(hidden, x, vision, predicted, self.decoder.unembedding, statistics)
+            predicted = self.semantic_head(visual) if self.config.semantic_head.kind == "regression" else None
+        return ModelOutput(hidden, visual, x, vision, predicted, self.decoder.unembedding, statistics)
 
     @typechecked
     def pixel_velocity(
@@ -151,11 +165,12 @@ class UniHetero(nnx.Module):
         return jnp.where(batch.visual_mask[..., None], visual, tokens)
 
     @typechecked
-    def prefill(self, batch: Batch, num_slots: int) -> tuple[Float[Array, "B T D"], Cache]:
-        """Reads one sample per row (padded at its end) and opens a cache of `num_slots` positions."""
+    def prefill(self, batch: Batch, num_slots: int) -> tuple[Hidden, Cache]:
+        """Reads one sample per row, padded at its end: the hidden state there, and a cache of `num_slots` positions."""
         decoder = self.config.decoder
         num_rows = batch.tokens.shape[0]
-        shape = (decoder.num_layers, num_rows, num_slots, decoder.num_kv_heads, decoder.head_dim)
+        num_layers = decoder.num_layers + num_branch_layers(self.config, self.objective)
+        shape = (num_layers, num_rows, num_slots, decoder.num_kv_heads, decoder.head_dim)
         length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
         keys, values = (
             constrain(jnp.zeros(shape, self.dtype), "layers", "batch", "replicated", "heads", "replicated")
@@ -164,15 +179,25 @@ class UniHetero(nnx.Module):
         cache = Cache(keys, values, length)
         positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32), batch.tokens.shape)
         mask = jnp.arange(num_slots) <= positions[..., None]
-        return self.decoder.cached(self.embed(batch, self.see(batch)), positions, mask, cache)
+        text, visual, cache = self._cached(self.embed(batch, self.see(batch)), positions, mask, cache)
+        text, visual = (jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0] for x in (text, visual))
+        return Hidden(text, visual), cache
+
+    def _cached(
+        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, jax.Array, Cache]:
+        if self.visual_branch is not None:
+            return self.decoder.cached_with_branch(self.visual_branch, x, positions, mask, cache)
+        hidden, cache = self.decoder.cached(x, positions, mask, cache)
+        return hidden, hidden, cache
 
     @typechecked
-    def decode_step(self, embedding: Float[Array, "B D"], cache: Cache) -> tuple[Float[Array, "B D"], Cache]:
+    def decode_step(self, embedding: Float[Array, "B D"], cache: Cache) -> tuple[Hidden, Cache]:
         """Reads one more input embedding per row; returns the hidden state there."""
         positions = cache.length[:, None]
         mask = jnp.arange(cache.keys.shape[2]) <= positions[..., None]
-        hidden, cache = self.decoder.cached(embedding[:, None], positions, mask, cache)
-        return hidden[:, 0], Cache(cache.keys, cache.values, cache.length + 1)
+        text, visual, cache = self._cached(embedding[:, None], positions, mask, cache)
+        return Hidden(text[:, 0], visual[:, 0]), Cache(cache.keys, cache.values, cache.length + 1)
 
     @typechecked
     def predict_embedding(self, hidden: Float[Array, "*batch D"], key: PRNGKeyArray) -> Float[Array, "*batch D"]:
