@@ -1,5 +1,6 @@
 """A tiny model and packed batches of random samples for it, shared by the tests of the model and the losses."""
 
+import dataclasses
 import functools
 
 import jax
@@ -66,6 +67,24 @@ def many_turns(turns="branches", num_rows=2):
         [writing(rng), drawn_and_asked(), reading(rng, (2, 2), (3, 1, 4, 2)), drawing(rng)] for _ in range(num_rows)
     ]
     return batch_of(rows, 128, 80, turns)
+
+
+def drawing_prompts_and_truth(num_rows=2, num_tokens=4):
+    """Samples of text and an image of so many tokens: their prompts up to `<boi>`, and the samples whole."""
+    rng = np.random.default_rng(6)
+    texts = [tokens(rng, 4) for _ in range(num_rows)]
+    images = [ImagePiece(picture(rng, 1, num_tokens), True) for _ in range(num_rows)]
+    rows = [[PackedSample([text, TokenPiece([BOI])])] for text in texts]
+    whole = [[PackedSample([t, TokenPiece([BOI]), image])] for t, image in zip(texts, images, strict=True)]
+    prompts = batch_of(rows, row_tokens=5, row_patches=4)
+    grid = jnp.array([1, num_tokens])
+    prompts = dataclasses.replace(prompts, boi_grid=prompts.boi_grid.at[:, 4].set(grid))
+    return prompts, batch_of(whole, row_tokens=5 + num_tokens, row_patches=4 * num_tokens)
+
+
+def host(batch):
+    """A batch's fields as numpy arrays."""
+    return {field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
 
 
 @functools.cache

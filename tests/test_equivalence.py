@@ -25,10 +25,6 @@ from unihetero_jax.state import TrainState
 from unihetero_jax.text_loss import text_nll
 
 
-def host(batch):
-    return {field.name: np.asarray(getattr(batch, field.name)) for field in dataclasses.fields(batch)}
-
-
 def test_packed_rows_equal_separate_rows():
     rng = np.random.default_rng(1)
     samples = [small.reading(rng), small.drawing(rng), small.writing(rng)]
@@ -96,19 +92,6 @@ def test_rollout_equals_feeding_predictions_back_by_hand(objective):
         x = jnp.concatenate([x, predicted[:, None]], axis=1)
 
 
-def drawing_prompts_and_truth(num_rows=2, num_tokens=4):
-    """Samples of text and an image of so many tokens: their prompts up to `<boi>`, and the samples whole."""
-    rng = np.random.default_rng(6)
-    texts = [small.tokens(rng, 4) for _ in range(num_rows)]
-    images = [small.ImagePiece(small.picture(rng, 1, num_tokens), True) for _ in range(num_rows)]
-    rows = [[PackedSample([text, TokenPiece([small.BOI])])] for text in texts]
-    whole = [[PackedSample([t, TokenPiece([small.BOI]), image])] for t, image in zip(texts, images, strict=True)]
-    prompts = small.batch_of(rows, row_tokens=5, row_patches=4)
-    grid = jnp.array([1, num_tokens])
-    prompts = dataclasses.replace(prompts, boi_grid=prompts.boi_grid.at[:, 4].set(grid))
-    return prompts, small.batch_of(whole, row_tokens=5 + num_tokens, row_patches=4 * num_tokens)
-
-
 def reread_config(objective, **changes):
     """Of an objective whose predictions go back through the vision path; no cosine, which leaves a length open."""
     return make_tiny_config(
@@ -142,7 +125,7 @@ def test_a_rollout_that_is_read_again_equals_its_steps_by_hand(objective):
     config, num_tokens = reread_config(objective), 4
     params = unihetero.init_params(config.model, objective, 0)
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    prompts, _ = drawing_prompts_and_truth()
+    prompts, _ = small.drawing_prompts_and_truth()
     key = jax.random.key(3)
     rolled = rollout(config, params, prompts, num_tokens, key)
     model = build(config.model, objective, params)
@@ -180,7 +163,7 @@ def test_a_rollout_that_is_read_again_and_given_all_sees_true_blocks_alone(objec
     config = reread_config(objective, model__encoder__attention="causal")
     params = unihetero.init_params(config.model, objective, 0)
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
-    prompts, whole = drawing_prompts_and_truth()
+    prompts, whole = small.drawing_prompts_and_truth()
     model = build(config.model, objective, params)
     output = model(whole)
     forced = rollout(config, params, prompts, 4, jax.random.key(3), output.vision, 4)
@@ -199,7 +182,7 @@ def test_a_rollout_that_is_read_again_and_given_all_sees_true_blocks_alone(objec
 def test_a_rollout_that_is_given_all_is_teacher_forcing(objective):
     """And one that is given a part is equal up to there, and another from there on."""
     config, params = make_tiny_config(objective=objective), small.params_of(objective)
-    prompts, whole = drawing_prompts_and_truth()
+    prompts, whole = small.drawing_prompts_and_truth()
     output = small.forward(objective)(params, whole)
     true = output.vision.visual_embeddings
     model = build(config.model, objective, params)
@@ -213,20 +196,20 @@ def test_a_rollout_that_is_given_all_is_teacher_forcing(objective):
 
 def test_a_rollout_on_eight_devices_is_that_on_one():
     config = make_tiny_config(mesh__fsdp=4, mesh__tensor=2, train__global_batch_rows=8, eval__batch_rows=8)
-    params, (prompts, _) = small.params_of(), drawing_prompts_and_truth(4)
+    params, (prompts, _) = small.params_of(), small.drawing_prompts_and_truth(4)
     one = rollout(make_tiny_config(), params, prompts, 4, jax.random.key(0)).embeddings
     mesh = make_mesh(config.mesh)
     with activation_mesh(mesh):
         shardings = shardings_for(unihetero.logical_axes(config.model, config.objective), mesh)
         split = jax.device_put(params, shardings)
-        eight = rollout(config, split, to_global(host(prompts), mesh), 4, jax.random.key(0)).embeddings
+        eight = rollout(config, split, to_global(small.host(prompts), mesh), 4, jax.random.key(0)).embeddings
     np.testing.assert_allclose(eight, one, atol=1e-5)
 
 
 def test_text_goes_on_after_an_image_that_was_drawn():
     """Greedy text after `<eoi>` is that of the whole model over prompt, drawn embeddings, `<eoi>` and what was said."""
     config, params, new = make_tiny_config(), small.params_of(), 5
-    prompts, _ = drawing_prompts_and_truth(1)
+    prompts, _ = small.drawing_prompts_and_truth(1)
     drawn, tokens = draw_and_tell(config, params, prompts, jax.random.key(0), 4, small.EOI, new, small.EOS, (), GREEDY)
     np.testing.assert_allclose(drawn, rollout(config, params, prompts, 4, jax.random.key(0)).embeddings, atol=1e-6)
     model = build(config.model, config.objective, params)
@@ -249,7 +232,7 @@ def run_steps(config, num_steps, num_rows=8):
     train_step = step.compile_train_step(config, mesh)
     losses = []
     for i in range(num_steps):
-        batch = to_global(host(small.mixed_batch(i, num_rows)), mesh, config.train.num_replicates > 1)
+        batch = to_global(small.host(small.mixed_batch(i, num_rows)), mesh, config.train.num_replicates > 1)
         state, metrics = train_step(state, batch)
         losses.append(jax.device_get(metrics))
     return state, losses, train_step
@@ -294,7 +277,7 @@ def test_compiled_step_has_the_shardings_of_the_rules():
     config = eight_rows(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
     mesh = make_mesh(config.mesh)
     abstract = step.abstract_state(config, mesh)
-    batch = to_global(host(small.mixed_batch(0, 8)), mesh)
+    batch = to_global(small.host(small.mixed_batch(0, 8)), mesh)
     compiled = step.compile_train_step(config, mesh).lower(abstract, batch).compile()
     (state_in, batch_in), _ = compiled.input_shardings
     state_out, _ = compiled.output_shardings

@@ -259,6 +259,14 @@ def test_model_flops_are_those_of_the_traced_products(objective, frozen):
     assert counted == pytest.approx(traced_step(config), rel=0.02)
 
 
+@pytest.mark.parametrize(("cut", "frozen"), [(False, ()), (True, ()), (False, ("encoder", "projector", "decoder"))])
+def test_flops_of_a_visual_branch_are_those_of_the_traced_products(cut, frozen):
+    branch = {"model.visual_branch.split_layer": 1, "loss.cut_branch_gradient": cut, "optimizer.frozen": frozen}
+    config = make_config(**SMALL_STEP, **branch)
+    work = dataclasses.replace(padded_work(config, 2), token_pairs=2 * 256**2, patch_pairs=2 * 256**2)
+    assert model_flops(config, work)["total"] == pytest.approx(traced_step(config), rel=0.02)
+
+
 @pytest.mark.parametrize(("remat", "frozen"), [("dots", ()), ("full", ()), ("full", ("encoder",))])
 def test_executed_flops_are_those_of_the_traced_products(remat, frozen):
     config = make_config(

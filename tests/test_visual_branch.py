@@ -20,6 +20,7 @@ from unihetero_jax.model import unihetero
 from unihetero_jax.model.attention import attend
 from unihetero_jax.model.unihetero import build
 from unihetero_jax.objectives import count_targets
+from unihetero_jax.sharding import activation_mesh, make_mesh, shardings_for, to_global
 from unihetero_jax.step import loss_terms
 from unihetero_jax.train import train
 
@@ -97,9 +98,7 @@ def test_text_is_that_of_the_model_without_it_and_a_rollout_is_the_branchs():
     np.testing.assert_array_equal(told[0][0], told[1][0])
     np.testing.assert_allclose(told[0][1], told[1][1], atol=1e-5)
 
-    from test_equivalence import drawing_prompts_and_truth
-
-    prompts, _ = drawing_prompts_and_truth(1)
+    prompts, _ = small.drawing_prompts_and_truth(1)
     rolled = rollout(config, params, prompts, 4, jax.random.key(0)).embeddings
     model = build(config.model, config.objective, params)
     x = model.decoder.embed(prompts.tokens, prompts.boi_grid, model.dtype)
@@ -120,6 +119,17 @@ def test_text_is_that_of_the_model_without_it_and_a_rollout_is_the_branchs():
     whole = functools.partial(attend, mask=jnp.tril(jnp.ones((1, length, length), bool)))
     text = model.decoder(x, jnp.arange(length)[None], whole)[:, -1]
     assert int(tokens[0, 0]) == int(jnp.argmax(text @ model.decoder.unembedding.T)), "text after it by the text layers"
+
+
+def test_a_rollout_of_the_branch_on_eight_devices_is_that_on_one():
+    config = branched(mesh__fsdp=4, mesh__tensor=2, train__global_batch_rows=8, eval__batch_rows=8)
+    params, (prompts, _) = perturbed(config), small.drawing_prompts_and_truth(4)
+    one = rollout(branched(), params, prompts, 4, jax.random.key(0)).embeddings
+    mesh = make_mesh(config.mesh)
+    with activation_mesh(mesh):
+        split = jax.device_put(params, shardings_for(unihetero.logical_axes(config.model, config.objective), mesh))
+        eight = rollout(config, split, to_global(small.host(prompts), mesh), 4, jax.random.key(0)).embeddings
+    np.testing.assert_allclose(eight, one, atol=1e-5)
 
 
 def test_parameters_and_flops_are_those_of_its_layers():
