@@ -56,6 +56,12 @@ def test_the_corrected_cosine_finds_a_planted_one_under_noise(planted):
     assert found["text_halves"][0] < 0.1, "and the noise floor says how much of it there is"
 
 
+def test_losses_that_do_not_agree_with_themselves_have_no_corrected_cosine():
+    rng = np.random.default_rng(0)
+    found = instrument._with_intervals(np.stack([gram_of(*rng.standard_normal((4, 50))) for _ in range(20)]))
+    assert found["corrected"] == [None, None, None] and found["text_halves"][1] < 0 < found["text_halves"][2]
+
+
 def test_inner_products_are_those_of_the_gradients():
     config, params = make_tiny_config(loss__target="stop_gradient"), small.params_of()
     batch = small.mixed_batch(num_rows=4)

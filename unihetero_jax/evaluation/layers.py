@@ -48,7 +48,8 @@ def gradient_conflict(config: Config, params: Params, ema: Params, tokenizer: To
         text_halves      cos(t_A, t_B): the noise floor; a loss does not agree with itself any better
         visual_halves    cos(v_A, v_B)
         corrected        <t_A, v_B> / sqrt(<t_A, t_B> <v_A, v_B>), products of both halves averaged: no noise is shared,
-                         so it estimates the cosine without any (our choice; None where a product is not positive)
+                         so it estimates the cosine without any (our choice; None unless both losses agree with
+                         themselves: lower bounds of the two halves' cosines above 0)
         norm_ratio       |v| / |t|, losses unweighted
 
     Args:
@@ -135,7 +136,8 @@ def _with_intervals(grams: np.ndarray) -> dict[str, Any]:
         values = [number for one in drawn if (number := one[name]) is not None]
         bounds = [float(x) for x in np.quantile(values, (0.025, 0.975))] if values else [None, None]
         found[name] = [value, *bounds]
-    return found
+    is_clear = all((found[name][1] or 0.0) > 0 for name in ("text_halves", "visual_halves"))
+    return found if is_clear else found | {"corrected": [None, None, None]}
 
 
 def _figures(gram: np.ndarray) -> dict[str, float | None]:
@@ -326,6 +328,7 @@ def plot_layers(result: Mapping[str, Any], path: Path) -> None:
         for name, color in (("cosine", "#c2570c"), ("corrected", "#7a3e9d"), ("text_halves", "#6b7280")):
             conflict.plot([row["layer"] + 1 for row in chosen], [row[name][0] for row in chosen], style, color=color,
                           marker=".", label=f"{name.replace('_', ' ')}, {part}")  # fmt: skip
+    conflict.set_xticks([row["layer"] + 1 for row in rows if row["part"] == "weights"])
     conflict.axhline(0, color="#d9dce1", linewidth=1)
     conflict.set_title(f"gradients of text and {result['other_loss']} loss, by layer", fontsize=9)
     names = [row["name"] for row in result["layers"]]
