@@ -11,6 +11,7 @@ from unihetero_jax.evaluation.sheet import (
     SheetQuestion,
     _font,
     _wrap,
+    draw_pictures,
     draw_sheet,
 )
 
@@ -32,6 +33,17 @@ def draw(tmp_path, entries) -> np.ndarray:
 def entry(predicted: str, colour=(10, 200, 30), num_questions: int = 3, caption: str = "a red circle") -> SheetEntry:
     questions = [SheetQuestion(f"What color is shape {i}?", predicted, "red") for i in range(num_questions)]
     return SheetEntry(scene(colour), caption, "a red circle above a square", questions)
+
+
+def test_long_labels_of_pictures_are_broken_and_make_room(tmp_path):
+    """Two pictures are 2.8 inches wide: a label of 60 letters takes two lines, and the sheet grows by one."""
+    heights = []
+    for label in ("short", "a label of some sixty letters, " * 2):
+        draw_pictures([(label, [scene((1, 2, 3))] * 2)], tmp_path / "out.png")
+        with Image.open(tmp_path / "out.png") as sheet:
+            heights.append(sheet.height)
+            assert sheet.width == 420
+    assert heights[1] - heights[0] == pytest.approx(0.15 * 150, abs=1)
 
 
 def test_right_answers_are_green_and_wrong_ones_red(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ PICTURE, CARD, COLUMNS = 184, 620, 2
 """Nominal pixels: side of a picture, width of a card; cards side by side."""
 MARGIN, PADDING, GAP = 28, 20, 20
 TEXT_SIZE, LABEL_SIZE, TITLE_SIZE = 15, 11, 22
+LETTERS_PER_INCH = 13
+"""Of a label above pictures, in its 9 points."""
 BACKGROUND, PAPER, BORDER = "#f3f4f6", "#ffffff", "#d9dce1"
 INK, MUTED, RIGHT, WRONG = "#1f2430", "#6b7280", "#15803d", "#c2262e"
 
@@ -99,8 +102,12 @@ def draw_pictures(rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path, 
     from matplotlib.figure import Figure  # only who draws needs it
 
     width = max(len(pictures) for _, pictures in rows)
-    figure = Figure(figsize=(1.3 * width + 0.2, 1.6 * len(rows)), layout="constrained")
-    for (label, pictures), row in zip(rows, figure.subfigures(len(rows), squeeze=False)[:, 0], strict=True):
+    inches = 1.3 * width + 0.2
+    labels = [textwrap.fill(label, max(int(LETTERS_PER_INCH * inches), 1)) for label, _ in rows]
+    heights = [1.6 + 0.15 * label.count("\n") for label in labels]
+    figure = Figure(figsize=(inches, sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(rows), squeeze=False, height_ratios=heights)[:, 0]
+    for label, (_, pictures), row in zip(labels, rows, parts, strict=True):
         row.suptitle(label, fontsize=9, x=0.01, ha="left")
         for axes in row.subplots(1, width, squeeze=False)[0]:
             axes.set_axis_off()
