@@ -23,6 +23,8 @@ from data_pipelines.scenes import encode_png
 from experiments import quickstart
 from experiments.scene_drawings import (
     UnseenScenes,
+    answers_on,
+    answers_table,
     batches,
     fidelity_table,
     predicted_embeddings,
@@ -32,7 +34,7 @@ from experiments.scene_drawings import (
 from unihetero_jax.checkpoint import list_steps
 from unihetero_jax.cli import Run, load_run, run_training
 from unihetero_jax.config import from_config_dict
-from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct
+from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct, seen_images
 from unihetero_jax.evaluation.sheet import draw_pictures
 from unihetero_jax.train import Interrupted
 
@@ -82,8 +84,11 @@ def draw(workdir: Path) -> dict[str, Fidelity]:
     found |= {label: asked.fidelity(made, all_sizes="true emb" in label) for label, made in pictures.items()}
     found["another scene's picture (blind floor)"] = asked.of_other_scenes()
     print(fidelity_table(found))
+    answers = answers_on_rollouts(run, asked)
+    print(answers_table(answers))
     values = {label: dataclasses.asdict(one) for label, one in found.items()}
-    result = {"step": run.step, "config_hash": run.config_hash, "num_scenes": NUM_SCENES, "fidelity": values}
+    result = {"step": run.step, "config_hash": run.config_hash, "num_scenes": NUM_SCENES, "fidelity": values,
+              "answers": answers}  # fmt: skip
     (workdir / "images.json").write_text(json.dumps(result, indent=1) + "\n")
     draw_sheet_of_scenes(run, asked, pictures, workdir / "images.png")
     draw_over_training(workdir, asked, workdir / "training.png")
@@ -103,6 +108,22 @@ def drawn_pictures(run: Run, asked: UnseenScenes) -> dict[str, list[np.ndarray]]
         "drawn from captions": _from_captions(run, asked.captions, 0),
         "nearest blocks, from captions": bank.draw(predicted),
     }
+
+
+def answers_on_rollouts(run: Run, asked: UnseenScenes) -> dict[str, dict[str, float]]:
+    """Questions about the scenes, answered from what was rolled out of their captions, beside what is above and below:
+    the true embeddings; the mean of the places over all scenes, and the rollout of the scene before.
+    """
+    config, params, tokenizer = run.config, run.params, run.tokenizer
+    _, true, _ = seen_images(config, params, tokenizer, [encode_png(picture) for picture in asked.pictures])
+    rolled = predicted_embeddings(config, params, tokenizer, asked.captions, 0)
+    seen = {
+        "true embeddings": true,
+        "rolled out from captions": rolled,
+        "mean embedding": np.broadcast_to(rolled.mean(axis=0), rolled.shape),
+        "another scene's rollout": np.roll(rolled, 1, axis=0),
+    }
+    return {label: answers_on(config, params, tokenizer, asked, values) for label, values in seen.items()}
 
 
 def _from_captions(run: Run, captions: Sequence[str], seed: int) -> list[np.ndarray]:

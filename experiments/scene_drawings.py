@@ -7,17 +7,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from data_pipelines.scene_questions import make_questions
 from data_pipelines.scene_reader import Fidelity, fidelity, read_scene
 from data_pipelines.scenes import SIZES, Scene, caption, encode_png, make_scene, render, scene_rng
 from unihetero_jax.config import Config
+from unihetero_jax.data.question_files import StoredImage
 from unihetero_jax.data.tokenizer import Tokenizer
+from unihetero_jax.evaluation.benchmarks import Item
 from unihetero_jax.evaluation.drawings import BlockBank, block_bank, default_grid, roll_out_texts
+from unihetero_jax.evaluation.multiple_choice import score_items
+from unihetero_jax.evaluation.rollout_questions import in_place_of, log_probs_on
 from unihetero_jax.model.unihetero import Params
 
 FIRST_UNSEEN = 920_000
 """Index in the test split that no question file and no other sheet reaches. Guidance was chosen on those from 910,000
 on."""
 BANK_SCENES = 2_000
+QUESTIONS_PER_SCENE = 4
 _BATCH = 64
 
 
@@ -71,6 +77,45 @@ def predicted_embeddings(
 def batches(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
     """Of what is drawn at one time."""
     return (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
+
+
+def questions_about(asked: UnseenScenes) -> list[Item]:
+    """Questions about the scenes with their true pictures; the category is the kind."""
+    items = []
+    for scene, picture in zip(asked.scenes, asked.pictures, strict=True):
+        image = StoredImage.of(encode_png(picture))
+        for question in make_questions(
+            scene, scene_rng(0, "test", "easy", scene.index, "questions"), QUESTIONS_PER_SCENE
+        ):
+            right = question.options.index(question.answer)
+            name = f"{scene.index}-{len(items)}"
+            items.append(Item(name, question.text, question.options, right, (image,), question.kind))
+    return items
+
+
+def answers_on(
+    config: Config, params: Params, tokenizer: Tokenizer, asked: UnseenScenes, embeddings: np.ndarray
+) -> dict[str, float]:
+    """Share of the questions answered right by kind, and `overall`, where embeddings [scenes, N, D] stand in place of
+    the pictures.
+    """
+    items = questions_about(asked)
+    log_probs = log_probs_on(config, params, in_place_of(config, asked.pictures, embeddings))
+    scores = score_items(items, tokenizer, config, log_probs)
+    by_kind: dict[str, list[bool]] = {"overall": []}
+    for item, score in zip(items, scores, strict=True):
+        is_right = score.by_sum == item.answer
+        by_kind["overall"].append(is_right)
+        by_kind.setdefault(item.category, []).append(is_right)
+    return {kind: float(np.mean(right)) for kind, right in by_kind.items()}
+
+
+def answers_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """One line for each kind of embeddings."""
+    kinds = list(next(iter(rows.values())))
+    lines = [f"{'answered right, about a scene seen by':<38}" + "".join(f"{kind:>11}" for kind in kinds)]
+    return "\n".join([*lines, *(f"{label:<38}" + "".join(f"{row[kind]:>11.3f}" for kind in kinds)
+                                for label, row in rows.items())])  # fmt: skip
 
 
 def fidelity_table(rows: Mapping[str, Fidelity]) -> str:

@@ -120,6 +120,9 @@ def test_images_of_a_renderer_are_drawn_and_read(tiny_experiment, tmp_path, monk
     assert "drawn from captions" in capsys.readouterr().out
     stored = json.loads((tmp_path / "images.json").read_text())
     assert stored["step"] == 2 and stored["fidelity"].keys() == found.keys()
+    assert stored["answers"].keys() == {
+        "true embeddings", "rolled out from captions", "mean embedding", "another scene's rollout",
+    }  # fmt: skip
     for name, rows in (("images", 8), ("training", 3)):
         with Image.open(tmp_path / f"{name}.png") as sheet:
             assert sheet.height == rows * 240

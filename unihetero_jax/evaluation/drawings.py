@@ -87,14 +87,19 @@ def reconstruct(
         ValueError: the images have different grids, or the run has no renderer.
         RecordError: a file is no readable image.
     """
-    seen, embeddings, grid = _seen(config, params, tokenizer, files)
+    seen, embeddings, grid = seen_images(config, params, tokenizer, files)
     return list(zip(seen, draw_images(config, params, embeddings, grid, jax.random.key(seed)), strict=True))
 
 
-def _seen(
+def seen_images(
     config: Config, params: Params, tokenizer: Tokenizer, files: Sequence[bytes]
 ) -> tuple[list[np.ndarray], np.ndarray, tuple[int, int]]:
-    """Images as the model sees them, their embeddings [images, N, D], and their grid."""
+    """Image files as the model sees them, their embeddings float[images, N, D], and their grid in visual tokens.
+
+    Raises:
+        ValueError: the images have different grids.
+        RecordError: a file is no readable image.
+    """
     seen = [resize_to_grid(decode_image(data), image_spec(config)) for data in files]
     samples = [PackedSample([TokenPiece([tokenizer.boi_id]), ImagePiece(pixels)]) for pixels in seen]
     embeddings = np.asarray(see_images(config, params, tokenizer, samples).visual_embeddings)
@@ -141,7 +146,7 @@ def block_bank(config: Config, params: Params, tokenizer: Tokenizer, files: Sequ
         ValueError: the images have different grids.
         RecordError: a file is no readable image.
     """
-    return BlockBank.of(*_seen(config, params, tokenizer, files))
+    return BlockBank.of(*seen_images(config, params, tokenizer, files))
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

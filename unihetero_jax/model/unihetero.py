@@ -9,6 +9,7 @@ Names of the paper (arXiv 2512.23512) and ours: Visual Encoder = `VisionEncoder`
 Decoder = `Decoder`; Generation Head = `SemanticHead`; Understanding Head = the decoder's unembedding.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -69,7 +70,11 @@ class UniHetero(nnx.Module):
 
     @typechecked
     def __call__(
-        self, batch: Batch, cut_input_gradient: bool = False, cut_branch_gradient: bool = False
+        self,
+        batch: Batch,
+        cut_input_gradient: bool = False,
+        cut_branch_gradient: bool = False,
+        visual_embeddings: Float[Array, "B U D"] | None = None,
     ) -> ModelOutput:
         """Reads whole packed rows.
 
@@ -78,8 +83,11 @@ class UniHetero(nnx.Module):
             cut_input_gradient: stop the gradient at the visual *inputs* of samples with an image that carries the
                 visual loss, so that the loss cannot be lowered by making its own inputs easy to predict from.
             cut_branch_gradient: stop the gradient where the visual branch begins.
+            visual_embeddings: stand in place of what the vision path makes of the images.
         """
         vision = self.see(batch)
+        if visual_embeddings is not None:
+            vision = dataclasses.replace(vision, visual_embeddings=visual_embeddings)
         x = constrain(self.embed(batch, vision, cut_input_gradient), "batch", "sequence", "replicated")
         attention = decoder_attention(self.config.attention_backend, batch.segment_ids, batch.branch_ids)
         if self.visual_branch is None:
