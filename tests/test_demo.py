@@ -125,7 +125,7 @@ def test_images_of_a_renderer_are_drawn_and_read(tiny_experiment, tmp_path, monk
     }  # fmt: skip
     for name, rows in (("images", 8), ("training", 3)):
         with Image.open(tmp_path / f"{name}.png") as sheet:
-            assert sheet.height == rows * 240
+            assert rows * 240 <= sheet.height < (rows + 1) * 240, "a row is 240 high, and more where its label breaks"
 
 
 def test_a_finished_demo_started_again_keeps_its_clock(finished):
