@@ -58,6 +58,7 @@ from unihetero_jax.hf_export import export_hugging_face
 from unihetero_jax.hf_import import import_pretrained
 from unihetero_jax.inference.generate import Prompt, generate_text, generate_texts
 from unihetero_jax.inference.sampling import Sampling
+from unihetero_jax.integrity import read_manifest
 from unihetero_jax.metrics import announce, read_metrics
 from unihetero_jax.model.attention import require_segments_alone
 from unihetero_jax.model.unihetero import Params, build
@@ -673,7 +674,7 @@ def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] =
             "--config.data.tokenizer"
         )
     state = abstract_state(config, make_mesh(config.mesh))
-    averaged = params_in_use({}, state.ema)
+    averaged = params_in_use({}, _stored_averages(folder, state.ema))
     prefixes = ["params", *(f"ema/{name}" for name in averaged)]
     target: dict[str, Any] = {"params": state.params} | ({"ema": averaged} if averaged else {})
     _, restored, _ = restore_subtree(workdir, stored_step, prefixes, target)
@@ -681,12 +682,20 @@ def load_run(workdir: str, step: int, replicate: int, overrides: Sequence[str] =
     return Run(config, metadata["config_hash"], stored_step, params, tokenizer)
 
 
+def _stored_averages(folder: epath.Path, ema: Params) -> Params:
+    """Those of the state's averages that a step holds: what was imported has not been averaged yet."""
+    names = {name.split("/")[1] for name in read_manifest(folder)["arrays"] if name.startswith("ema/")}
+    return {name: tree for name, tree in ema.items() if name in names}
+
+
 def load_averages(run: Run, workdir: str, replicate: int) -> Params:
     """The averages of a run's state, by component; empty where it keeps none."""
-    target = abstract_state(run.config, make_mesh(run.config.mesh)).ema
+    ema = abstract_state(run.config, make_mesh(run.config.mesh)).ema
+    target = _stored_averages(valid_step(workdir, run.step), ema)
     if not target:
         return {}
-    _, restored, _ = restore_subtree(workdir, run.step, ["ema"], {"ema": target})
+    prefixes = [f"ema/{name}" for name in target]
+    _, restored, _ = restore_subtree(workdir, run.step, prefixes, {"ema": target})
     return _one_replicate(restored["ema"], run.config, replicate)
 
 
