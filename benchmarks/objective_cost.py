@@ -29,11 +29,11 @@ STEPS_PER_ROUND = 2
 MIN_ROUNDS = 5
 """Fewer give no verdict."""
 
-_EMA: dict[str, Any] = {"loss.target": "ema"}
+_EMA: dict[str, Any] = {"target": "ema"}
 ARMS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "semantic_input, encoder frozen": ("semantic_input", ("encoder",), {"loss.target": "stop_gradient"}),
+    "semantic_input, encoder frozen": ("semantic_input", ("encoder",), {"target": "stop_gradient"}),
     "semantic_input, inputs cut": (
-        "semantic_input", (), {"loss.target": "stop_gradient", "loss.cut_input_gradient": True},
+        "semantic_input", (), {"target": "stop_gradient", "cut_input_gradient": True},
     ),
     "semantic_input, EMA": ("semantic_input", (), _EMA),
     "semantic_encoder, EMA": ("semantic_encoder", (), _EMA),
@@ -43,7 +43,7 @@ ARMS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "pixel_detached": ("pixel_detached", (), {}),
     "unihetero, EMA": ("unihetero", (), _EMA),
 }  # fmt: skip
-"""Arm -> objective, frozen components, and what else differs."""
+"""Arm -> objective, frozen components, and what differs in `loss`."""
 
 BARS = {
     "semantic_input, encoder frozen": 1.05, "semantic_input, inputs cut": 1.05, "semantic_input, EMA": 1.12,
@@ -54,11 +54,10 @@ BARS = {
 def make_config(objective: str, frozen: tuple[str, ...], changes: Mapping[str, Any]) -> Config:
     """The model of `train_step` under an objective."""
     config = train_step.make_config(MODEL, "float32")
-    fields = {path.removeprefix("loss."): value for path, value in changes.items()}
     return dataclasses.replace(
         config,
         objective=objective,  # pyright: ignore[reportArgumentType]
-        loss=dataclasses.replace(config.loss, **fields),
+        loss=dataclasses.replace(config.loss, **changes),
         optimizer=dataclasses.replace(config.optimizer, frozen=frozen),
     )
 

@@ -118,11 +118,6 @@ class Fidelity:
     num_scenes: int
     extra_per_scene: float
 
-    @property
-    def attributes(self) -> float:
-        """Mean of colour and shape, of all objects asked for: one that is missing has neither."""
-        return (self.shares["color"] + self.shares["shape"]) / 2
-
 
 def fidelity(scenes: Sequence[Scene], readings: Sequence[Reading], sizes_asked: Sequence[bool]) -> Fidelity:
     """Scores readings of pictures against the scenes asked for, of equal number; of some, sizes were not named."""

@@ -79,12 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
 def draw(workdir: Path) -> dict[str, Fidelity]:
     """Measures the run's last step and writes its sheets."""
     run, asked = load_run(os.fspath(workdir), -1, 0), unseen_scenes(NUM_SCENES)
-    pictures = drawn_pictures(run, asked)
+    rolled = predicted_embeddings(run.config, run.params, run.tokenizer, asked.captions, 0)
+    pictures = drawn_pictures(run, asked, rolled)
     found = {"true pictures (the reader's accuracy)": asked.fidelity(asked.pictures, all_sizes=True)}
     found |= {label: asked.fidelity(made, all_sizes="true emb" in label) for label, made in pictures.items()}
     found["another scene's picture (blind floor)"] = asked.of_other_scenes()
     print(fidelity_table(found))
-    answers = answers_on_rollouts(run, asked)
+    answers = answers_on_rollouts(run, asked, rolled)
     print(answers_table(answers))
     values = {label: dataclasses.asdict(one) for label, one in found.items()}
     result = {"step": run.step, "config_hash": run.config_hash, "num_scenes": NUM_SCENES, "fidelity": values,
@@ -96,27 +97,25 @@ def draw(workdir: Path) -> dict[str, Fidelity]:
     return found
 
 
-def drawn_pictures(run: Run, asked: UnseenScenes) -> dict[str, list[np.ndarray]]:
+def drawn_pictures(run: Run, asked: UnseenScenes, rolled: np.ndarray) -> dict[str, list[np.ndarray]]:
     """Every scene, by what it was drawn from."""
     config, params, tokenizer = run.config, run.params, run.tokenizer
     files = [encode_png(picture) for picture in asked.pictures]
     bank = scene_bank(config, params, tokenizer)
     from_true = [pair[1] for part in batches(files) for pair in reconstruct(config, params, tokenizer, part, 0)]
-    predicted = predicted_embeddings(config, params, tokenizer, asked.captions, 0)
     return {
         "drawn from true embeddings": from_true,
         "drawn from captions": _from_captions(run, asked.captions, 0),
-        "nearest blocks, from captions": bank.draw(predicted),
+        "nearest blocks, from captions": bank.draw(rolled),
     }
 
 
-def answers_on_rollouts(run: Run, asked: UnseenScenes) -> dict[str, dict[str, float]]:
+def answers_on_rollouts(run: Run, asked: UnseenScenes, rolled: np.ndarray) -> dict[str, dict[str, float]]:
     """Questions about the scenes, answered from what was rolled out of their captions, beside what is above and below:
     the true embeddings; the mean of the places over all scenes, and the rollout of the scene before.
     """
     config, params, tokenizer = run.config, run.params, run.tokenizer
     _, true, _ = seen_images(config, params, tokenizer, [encode_png(picture) for picture in asked.pictures])
-    rolled = predicted_embeddings(config, params, tokenizer, asked.captions, 0)
     seen = {
         "true embeddings": true,
         "rolled out from captions": rolled,

@@ -11,6 +11,7 @@ from unihetero_jax import train as train_module
 from unihetero_jax.checkpoint import Checkpointer
 from unihetero_jax.config import config_hash
 from unihetero_jax.sharding import make_mesh
+from unihetero_jax.state import update_ema
 from unihetero_jax.train import train
 
 
@@ -60,6 +61,20 @@ def test_named_components_of_the_named_step_are_taken(donor, fresh, tiny_experim
     assert f"encoder, projector initialised from {workdir}, step 10" in capsys.readouterr().out
     newest = train_module._init_from(tiny_experiment(**changes), state)
     assert same(host(newest.params["encoder"]), jax.tree.map(lambda x: 2 * x, stored["encoder"])), "-1: the newest"
+
+
+def test_random_targets_stay_those_of_every_run(donor, tiny_experiment):
+    """The control's encoder is drawn once for all: what a run starts from, or learns, does not touch it."""
+    config = tiny_experiment(
+        objective="random", eval__rollout_source="", init_from__workdir=donor[0], init_from__components="encoder",
+        init_from__step=10,
+    )  # fmt: skip
+    state = step.init_state(config, make_mesh(config.mesh))
+    loaded = train_module._init_from(config, state)
+    assert same(host(loaded.params["encoder"]), donor[1]["encoder"])
+    assert same(host(loaded.ema), host(state.ema)) and not same(host(loaded.ema["encoder"]), donor[1]["encoder"])
+    moved = update_ema(config, loaded.ema, loaded.params)
+    assert same(host(moved), host(state.ema))
 
 
 def test_every_replicate_starts_from_it(donor, tiny_experiment):

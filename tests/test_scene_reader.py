@@ -55,7 +55,6 @@ def test_fidelity_by_hand():
         "object": 3 / 4, "color": 3 / 4, "shape": 2 / 4, "size": 1 / 2, "scene": 0.0, "count": 0.0,
     }  # fmt: skip
     assert (found.num_objects, found.num_sized, found.num_scenes, found.extra_per_scene) == (4, 2, 2, 0.5)
-    assert found.attributes == 5 / 8
     right = {"top left": SeenObject("red", "ring", "large"), "bottom right": SeenObject("blue", "square", "small")}
     assert fidelity(scenes[:1], [right], [False]).shares["scene"] == 1.0, "sizes do not count where none was asked for"
 

@@ -29,7 +29,7 @@ from unihetero_jax import compile_ahead, data_stats, distributed, explain, expor
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import SaveError, list_steps, read_metadata, restore_subtree, valid_step
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
-from unihetero_jax.config import Config, config_hash, pixel_role, rolls_out, visual_target
+from unihetero_jax.config import Config, config_hash, rolls_out
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import MERGE_SIZE, RecordError, format_prompt, probe_image
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,7 +38,7 @@ from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import Reader, check_candidates, rollout_retrieval
 from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct
 from unihetero_jax.evaluation.held_out import held_out_likelihood
-from unihetero_jax.evaluation.layers import format_layers, gradient_conflict, plot_layers, visual_layers
+from unihetero_jax.evaluation.layers import format_layers, gradient_conflict, plot_layers, second_loss, visual_layers
 from unihetero_jax.evaluation.page import write_page
 from unihetero_jax.evaluation.rollout_error import Judge, format_rollout_error, plot_rollout_error, rollout_error
 from unihetero_jax.evaluation.runner import (
@@ -300,6 +300,8 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
             "--rollout: the run draws no images; it needs eval.rollout_source, and an objective whose predictions can "
             "be fed back"
         )
+    if flags.layers and not run.config.eval.rollout_source:
+        raise ValueError("--layers reads images of eval.rollout_source, which is empty; name a source with captions")
     results = evaluate(
         run.config, model_of(run, flags.max_new_tokens), run.tokenizer,
         select_benchmarks(run.config.eval.benchmarks, requested), step=run.step, config_hash=run.config_hash,
@@ -324,7 +326,7 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
 def _measure_layers(run: "Run", workdir: str, replicate: int) -> None:
     """Written to `layers-<step>.json` and `.png`, and printed."""
     config, folder = run.config, to_path(workdir) / "eval"
-    other = "visual" if visual_target(config.objective) else "pixel" if pixel_role(config.objective) else None
+    other = second_loss(config.objective)
     averages = load_averages(run, workdir, replicate) if other else {}
     conflict = gradient_conflict(config, run.params, averages, run.tokenizer) if other else []
     layers = visual_layers(config, run.params, run.tokenizer, _reader(config))

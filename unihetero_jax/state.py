@@ -60,6 +60,11 @@ def target_components(config: Config) -> tuple[str, ...]:
     return tuple(name for name in needed if name not in config.optimizer.frozen)
 
 
+def fixed_targets(config: Config) -> tuple[str, ...]:
+    """Of the components kept for targets, those that stay as they were drawn, whatever the run does or starts from."""
+    return target_components(config) if visual_target(config.objective) == "random" else ()
+
+
 def averages_of_targets(ema: dict[str, Any]) -> dict[str, Any]:
     """Those of the averages that the visual targets come from."""
     return {name: tree for name, tree in ema.items() if name != _PIXELS}
@@ -107,9 +112,11 @@ def state_shardings(config: Config, abstract: TrainState, axes: dict[str, Any], 
 
 def update_ema(config: Config, ema: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     """`ema <- decay * ema + (1 - decay) * params` for the averaged components; a random encoder stays as it is."""
-    decays = dict.fromkeys(ema, 1.0 if visual_target(config.objective) == "random" else config.loss.ema_decay)
-    decays |= {_PIXELS: config.loss.pixel_ema_decay}
-    return {name: _moved(tree, params[name], decays[name]) for name, tree in ema.items()}
+    fixed, decays = fixed_targets(config), {_PIXELS: config.loss.pixel_ema_decay}
+    return {
+        name: tree if name in fixed else _moved(tree, params[name], decays.get(name, config.loss.ema_decay))
+        for name, tree in ema.items()
+    }
 
 
 def _moved(average: Any, value: Any, decay: float) -> Any:

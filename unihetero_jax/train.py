@@ -35,7 +35,7 @@ from unihetero_jax.pretrained import check_architecture, load_components, open_p
 from unihetero_jax.profiling import Profile
 from unihetero_jax.reporting import Reporter
 from unihetero_jax.sharding import Vote, local_rows, make_mesh, to_global
-from unihetero_jax.state import TrainState, ema_components
+from unihetero_jax.state import TrainState, ema_components, fixed_targets
 from unihetero_jax.watchdog import Watchdog
 from unihetero_jax.workdir import STALE_AFTER_S, RunLock, prepare_workdir, write_config
 
@@ -245,7 +245,8 @@ def _init_from(config: Config, state: TrainState) -> TrainState:
     params = state.params | {name: jax.tree.map(place, tree, state.params[name]) for name, tree in loaded.items()}
     if "visual_branch" in params and "decoder" in loaded and "visual_branch" not in loaded:
         params["visual_branch"] = _upper_layers(config, params["decoder"], params["visual_branch"])
-    ema = {name: jax.tree.map(jnp.copy, params[name]) for name in ema_components(config)}
+    fixed = fixed_targets(config)
+    ema = {n: state.ema[n] if n in fixed else jax.tree.map(jnp.copy, params[n]) for n in ema_components(config)}
     return TrainState(state.step, params, ema, state.opt_state, state.skipped, state.consecutive_skips)
 
 

@@ -10,14 +10,14 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from unihetero_jax.arrays import Batch
-from unihetero_jax.config import Config, pixel_role, visual_target
+from unihetero_jax.config import Config, Objective, pixel_role, visual_target
 from unihetero_jax.data.mixture import validation_batches
 from unihetero_jax.data.tokenizer import Tokenizer
 from unihetero_jax.evaluation.diagnostics import Reader, boi_rows, held_out_samples, image_of
@@ -37,6 +37,13 @@ Part = tuple[str, int, str]
 
 
 # ---------------------------------------------------------------- gradient conflict
+
+
+def second_loss(objective: Objective) -> Literal["visual", "pixel"] | None:
+    """The loss beside that of the text; None without one."""
+    if visual_target(objective):
+        return "visual"
+    return "pixel" if pixel_role(objective) else None
 
 
 def gradient_conflict(config: Config, params: Params, ema: Params, tokenizer: Tokenizer) -> list[dict[str, Any]]:
@@ -64,8 +71,8 @@ def gradient_conflict(config: Config, params: Params, ema: Params, tokenizer: To
     Raises:
         ValueError: the objective has one loss alone.
     """
-    other = "visual" if visual_target(config.objective) else "pixel"
-    if other == "pixel" and pixel_role(config.objective) is None:
+    other = second_loss(config.objective)
+    if other is None:
         raise ValueError(f"--layers: objective={config.objective} has no loss beside that of the text")
     grams = [_grams(config, params, ema, batch, other) for batch in _mixed_batches(config, tokenizer)]
     stacked = {part: np.stack([gram[part] for gram in grams]) for part in grams[0]}
