@@ -33,7 +33,13 @@ def get_config(arg: str = "") -> ConfigDict:
                     "patch_bias": True,
                     "pre_norm": False,
                 },
-                "projector": {"hidden_dim": 256, "output_rms": 0.0},
+                "projector": {
+                    "hidden_dim": 256,
+                    "output_rms": 0.0,
+                    "kind": "mlp",
+                    "num_layers": 2,
+                    "num_heads": 4,
+                },
                 "decoder": {
                     "num_layers": 3,
                     "dim": 128,
@@ -114,6 +120,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "pixel_decoder_lr": 1.0,
                 "visual_branch_lr": 1.0,
                 "frozen": (),
+                "frozen_encoder_layers": 0,
             },
             "init_from": {"workdir": "", "step": -1, "components": (), "language_model": "", "vision_encoder": ""},
             "scene_world": {"level": "none", "path": "", "num_scenes": 0, "seed": 0},

@@ -80,7 +80,7 @@ def run_demo(config: Config, workdir: Path) -> dict[str, Any]:
     with _wall_clock(workdir) as seconds:
         state = run_training(config, os.fspath(workdir))
         draw_scenes(config, state.params, workdir / "sheet.png")
-        drawn = draw_rollouts(config, state.params, workdir / "rollouts.png") if rolls_out(config.objective) else None
+        drawn = draw_rollouts(config, state.params, workdir / "rollouts.png") if rolls_out(config) else None
         summary = summarise(config, workdir, seconds(), drawn)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(
@@ -122,7 +122,7 @@ def summarise(config: Config, workdir: Path, wall_s: float, drawn: dict[str, flo
         "objective": config.objective,
         "accuracy": accuracy("scenes"),
         "accuracy_heldout": accuracy("scenes_heldout"),
-        "rollout": result("rollout") if rolls_out(config.objective) else None,
+        "rollout": result("rollout") if rolls_out(config) else None,
         "drawn": drawn,
         "wall_s": round(wall_s, 1),
         "peak_rss_gib": max(

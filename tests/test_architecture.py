@@ -26,7 +26,8 @@ LAYERS: list[set[str]] = [
         "state", "metrics", "integrity", "profiling", "watchdog", "data.shards", "data.sources", "data.transforms",
         "data.roles", "data.packing", "inference.sampling", "model.layers", "model.splash", "model.attention",
         "model.vision_encoder",
-        "model.semantic_encoder", "model.decoder", "model.semantic_head", "model.pixel_decoder", "text_loss",
+        "model.connectors", "model.semantic_encoder", "model.decoder", "model.semantic_head",
+        "model.pixel_decoder", "text_loss",
     },
     {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline", "hf_weights"},
     {"inference", "pretrained", "step", "gradient_table", "reporting", "data_stats", "stored_steps", "export"},
@@ -36,14 +37,14 @@ LAYERS: list[set[str]] = [
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 43
-MAX_CLOSURE_LINES = 11_700
+MAX_CLOSURE_MODULES = 44
+MAX_CLOSURE_LINES = 12_500
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
 Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its traces
-and its lock, the processes, the watchdog, the digests, pretrained weights (four modules), the pixel decoder, the TPU's
-attention and the opening of sources are modules of their own, so that each file stays short; a third of the lines are
-docstrings.
+and its lock, the processes, the watchdog, the digests, pretrained weights (four modules), the pixel decoder, the
+connectors, the TPU's attention and the opening of sources are modules of their own, so that each file stays short; a
+third of the lines are docstrings.
 """
 
 SHOWN_AS_LOADED = {"data_pipelines.report": {"packing", "row_plan", "transforms"}}

@@ -23,8 +23,8 @@ def world(tmp_path_factory):
     return path
 
 
-def run_of(world, workdir, target, text_share):
-    """(all alarms that were on, metric lines) of a short run with this target and share of questions."""
+def run_of(world, workdir, target, text_share, connector="mlp"):
+    """(all alarms that were on, metric lines) of a short run with this target, share of questions and connector."""
     config = quickstart.get_config()
     config.data.tokenizer = str(world / "tokenizer")
     for name, weight in (("qa", text_share), ("generation", 1 - text_share)):
@@ -32,6 +32,7 @@ def run_of(world, workdir, target, text_share):
     config.scene_world.level = "none"
     config.eval.benchmarks, config.eval.validation_rows, config.eval.rollout_source = {}, 8, ""
     config.model.encoder.update(num_layers=2, dim=64, num_heads=2, mlp_dim=128)
+    config.model.projector.kind = connector
     config.model.projector.hidden_dim = config.model.semantic_head.hidden_dim = 128
     config.model.decoder.update(num_layers=2, dim=96, num_heads=3, num_kv_heads=1, head_dim=32, mlp_dim=192)
     config.train.update(num_steps=NUM_STEPS, log_every_steps=10, eval_every_steps=10_000)
@@ -62,3 +63,13 @@ def test_its_own_target_without_text_collapses_and_the_alarm_says_so(world, tmp_
     assert last(lines, "across_spread") < 0.05 < 0.12 < last(default_lines, "across_spread")
     assert last(lines, "visual") < last(default_lines, "visual"), "and yet it looks better"
     assert last(lines, "within_spread") > 0.5, "what happens within an image does not show it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connector", ["resampler", "qformer", "cross_attention"])
+def test_no_connector_collapses_with_an_averaged_target_and_text(world, tmp_path, connector):
+    """Queries see the whole image, so a later token could be copied from an earlier one: their distance tells."""
+    alarms, lines = run_of(world, tmp_path / connector, "ema", 0.5, connector)
+    assert alarms == set()
+    assert last(lines, "within_spread") > 0.2 and last(lines, "across_spread") > 0.1
+    assert last(lines, "copy_previous_cosine") > 0.1

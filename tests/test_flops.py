@@ -267,6 +267,18 @@ def test_flops_of_a_visual_branch_are_those_of_the_traced_products(cut, frozen):
     assert model_flops(config, work)["total"] == pytest.approx(traced_step(config), rel=0.02)
 
 
+@pytest.mark.parametrize("frozen", [(), ("encoder",), ("encoder", "projector"), ("decoder",)])
+@pytest.mark.parametrize("kind", ["resampler", "qformer", "cross_attention"])
+def test_flops_of_connectors_are_those_of_the_traced_products(kind, frozen):
+    """Dense masks over whole rows: all pairs of queries and patches, and of positions, are computed."""
+    changes = {"model.projector.kind": kind, "optimizer.frozen": frozen, "model.projector.num_layers": 3}
+    config = make_config(**SMALL_STEP, **changes)
+    full = padded_work(config, 2)
+    cross = 2 * 256**2 if kind == "cross_attention" else 0
+    work = dataclasses.replace(full, token_pairs=2 * 256**2, patch_pairs=2 * 256**2, cross_pairs=cross)
+    assert model_flops(config, work)["total"] == pytest.approx(traced_step(config), rel=0.02)
+
+
 @pytest.mark.parametrize(("remat", "frozen"), [("dots", ()), ("full", ()), ("full", ("encoder",))])
 def test_executed_flops_are_those_of_the_traced_products(remat, frozen):
     config = make_config(

@@ -1,6 +1,8 @@
 """The instruments by layer, on vectors and states whose answer is known, and the command on a run."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,11 @@ import pytest
 import small
 from conftest import make_tiny_config
 
+from data_pipelines.scenes import encode_png
 from unihetero_jax import cli
+from unihetero_jax.data.labelled_images import class_names, read_labelled_images
 from unihetero_jax.evaluation import layers as instrument
+from unihetero_jax.evaluation.ridge import STRENGTHS, best_ridge, ridge
 from unihetero_jax.model.attention import decoder_attention
 from unihetero_jax.model.unihetero import build
 from unihetero_jax.objectives import count_targets
@@ -134,6 +139,47 @@ def test_probes_read_what_is_there_and_no_more():
     assert instrument.probe(train, alone, test, np.full((80, 3), "red")) == (1.0, 1.0)
 
 
+def test_the_best_ridge_is_least_squares_with_penalty_rows():
+    """By numpy's least squares on rows that pull the weights to zero; its strength is that of the held-out fifth."""
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((40, 5)) + 3.0, rng.standard_normal((40, 2))
+    square = (np.square(x - x.mean(axis=0)).sum() / 40) / 5
+
+    def by_rows(x, y, strength):
+        inputs, wanted = x - x.mean(axis=0), y - y.mean(axis=0)
+        penalty = np.sqrt(strength * square * len(x)) * np.eye(5)
+        weights = np.linalg.lstsq(np.r_[inputs, penalty], np.r_[wanted, np.zeros((5, 2))], rcond=None)[0]
+        return lambda values: (values - x.mean(axis=0)) @ weights + y.mean(axis=0)
+
+    fresh = rng.standard_normal((7, 5))
+    np.testing.assert_allclose(ridge(x, y, 0.3)(fresh), by_rows(x, y, 0.3)(fresh), atol=1e-9)
+    # Noise has nothing to tell: the strongest penalty serves best.
+    chosen = best_ridge(x, y, lambda guess, wanted: float(((guess - wanted) ** 2).mean()))
+    np.testing.assert_allclose(chosen(fresh), ridge(x, y, max(STRENGTHS))(fresh))
+
+
+def test_classes_of_pictures_are_told_from_every_layer(tmp_path):
+    """Folders of dark and bright pictures of two sizes; labels that fit no picture are told no better than chance."""
+    rng, config = np.random.default_rng(0), make_tiny_config()
+    for name, low in (("bright", 150), ("dark", 0)):
+        (tmp_path / name).mkdir()
+        for number in range(40):
+            side = 8 * (1 + number // 2 % 2)
+            pixels = (low + rng.integers(0, 100, (side, 8, 3))).astype(np.uint8)
+            (tmp_path / name / f"{number:02}.png").write_bytes(encode_png(pixels))
+    images, names = list(read_labelled_images(tmp_path)), class_names(tmp_path)
+    tokenizer = SimpleNamespace(boi_id=small.BOI, pad_id=small.PAD)
+    found = instrument.class_probes(config, small.params_of(), tokenizer, images, names)
+    assert list(found) == ["encoder", "input", "layer 1", "layer 2"]
+    assert all(accuracy > 0.9 and floor == 0.5 for accuracy, floor in found.values())
+    random = [dataclasses.replace(image, label=int(rng.integers(2))) for image in images]
+    assert (
+        max(x for x, _ in instrument.class_probes(config, small.params_of(), tokenizer, random, names).values()) < 0.8
+    )
+    with pytest.raises(ValueError, match="3 pictures of 2 classes; at least two of each"):
+        instrument.class_probes(config, small.params_of(), tokenizer, images[:3], names)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_effective_rank_counts_equal_directions(rank):
     rng = np.random.default_rng(0)
@@ -149,6 +195,10 @@ def test_the_command_writes_figures_and_a_plot(tiny_experiment, tiny_world, tmp_
         eval__benchmarks={"scenes": str(tiny_world / "questions.tsv")},
     )  # fmt: skip
     train(config, workdir)
+    assert cli.main(["evaluate", f"--workdir={workdir}", "--probe-images=nowhere"]) == 2
+    assert "say --layers, too" in capsys.readouterr().err
+    assert cli.main(["evaluate", f"--workdir={workdir}", "--layers", "--probe-images=nowhere"]) == 2
+    assert "nowhere: no such file or folder of labelled pictures" in capsys.readouterr().err
     assert cli.main(["evaluate", f"--workdir={workdir}", "--layers"]) == 0
     printed = capsys.readouterr().out
     assert "gradients of text and visual" in printed and "(commonest)" in printed

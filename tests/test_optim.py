@@ -210,3 +210,28 @@ def test_one_bad_number_anywhere_is_seen_and_changes_no_other_group(component, b
         assert norms["+".join(other)] == usual_norms["+".join(other)]
         for name in other:
             np.testing.assert_array_equal(clipped[name]["kernel"], usual[name]["kernel"])
+
+
+def test_the_encoders_first_layers_stay_as_they_are():
+    """Patches, positions and one of two layers; the second layer, the final norm and all else train."""
+    config = make_tiny_config(optimizer__frozen_encoder_layers=1, train__num_steps=100)
+    params, batch = small.params_of(), small.mixed_batch(0, 4)
+    state = create_state(config, params, optim.make_optimizer(config))
+    after = jax.jit(step.make_train_step(config))(state, batch)[0].params
+
+    def moved(tree, start):
+        return [bool(jnp.any(a != b)) for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(start), strict=True)]
+
+    for name in ("patch", "position"):
+        assert not any(moved(after["encoder"][name], params["encoder"][name]))
+    before, trained = params["encoder"]["blocks"], after["encoder"]["blocks"]
+    first, second = (lambda x: x[0]), (lambda x: x[1])
+    assert not any(moved(jax.tree.map(first, trained), jax.tree.map(first, before)))
+    assert any(moved(jax.tree.map(second, trained), jax.tree.map(second, before)))
+    assert all(any(moved(after[name], params[name])) for name in ("projector", "decoder"))
+    assert any(moved(after["encoder"]["norm"], params["encoder"]["norm"]))
+
+
+def test_more_layers_than_there_are_cannot_be_frozen():
+    with pytest.raises(ValueError, match="frozen_encoder_layers 3 must lie between 0 and"):
+        make_tiny_config(optimizer__frozen_encoder_layers=3)

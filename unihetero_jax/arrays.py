@@ -173,6 +173,26 @@ class Hidden:
     visual: Float[Array, "B D"]
 
 
+NOT_VISUAL = 2**30
+"""In `VisualCache.begun`: nothing visual lies in the slot."""
+
+
+@pytree_dataclass
+class VisualCache:
+    """What the gated layers of `cross_attention` have read; visible once its image has ended.
+
+    Attributes:
+        keys, values: by gated layer, row and slot.
+        begun: at a visual slot how many positions that are not visual came before it, else `NOT_VISUAL`.
+        ended: how many have come up to now; an image has ended once there are more than at its own slots.
+    """
+
+    keys: Float[Array, "L B K G d"]
+    values: Float[Array, "L B K G d"]
+    begun: Int[Array, "B K"]
+    ended: Int[Array, "B"]
+
+
 @pytree_dataclass
 class Cache:
     """Keys and values of what has been read so far; position p of a row lies in slot p.
@@ -180,11 +200,13 @@ class Cache:
     Attributes:
         keys, values: by layer, row and slot; the layers of a visual branch follow the decoder's.
         length: slots in use of each row.
+        visual: the `VisualCache` of gated layers, or None without such.
     """
 
     keys: Float[Array, "L B K G d"]
     values: Float[Array, "L B K G d"]
     length: Int[Array, "B"]
+    visual: Any = None
 
 
 @pytree_dataclass

@@ -29,7 +29,8 @@ from unihetero_jax import compile_ahead, data_stats, distributed, explain, expor
 from unihetero_jax.arrays import Batch
 from unihetero_jax.checkpoint import SaveError, list_steps, read_metadata, restore_subtree, valid_step
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
-from unihetero_jax.config import Config, config_hash, rolls_out
+from unihetero_jax.config import Config, config_hash, has_cross_attention, rolls_out
+from unihetero_jax.data.labelled_images import class_names, read_labelled_images
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import MERGE_SIZE, RecordError, format_prompt, probe_image
 from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,7 +39,14 @@ from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import Reader, check_candidates, rollout_retrieval
 from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct
 from unihetero_jax.evaluation.held_out import held_out_likelihood
-from unihetero_jax.evaluation.layers import format_layers, gradient_conflict, plot_layers, second_loss, visual_layers
+from unihetero_jax.evaluation.layers import (
+    class_probes,
+    format_layers,
+    gradient_conflict,
+    plot_layers,
+    second_loss,
+    visual_layers,
+)
 from unihetero_jax.evaluation.page import write_page
 from unihetero_jax.evaluation.rollout_error import Judge, format_rollout_error, plot_rollout_error, rollout_error
 from unihetero_jax.evaluation.runner import (
@@ -159,6 +167,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluates.add_argument(
         "--layers", action="store_true",
         help="also, layer by layer: conflict of the losses' gradients, what stays of the image, linear probes",
+    )  # fmt: skip
+    evaluates.add_argument(
+        "--probe-images", default="", metavar="PATH",
+        help="with --layers: also probe classes of pictures, a folder for each class or a parquet file (CIFAR-10)",
     )  # fmt: skip
     evaluates.set_defaults(command=_evaluate)
 
@@ -300,6 +312,15 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
             "--rollout: the run draws no images; it needs eval.rollout_source, and an objective whose predictions can "
             "be fed back"
         )
+    if flags.probe_images:
+        if not flags.layers:
+            raise ValueError("--probe-images are probed layer by layer: say --layers, too")
+        class_names(Path(flags.probe_images))
+    if flags.layers and has_cross_attention(run.config.model):
+        raise ValueError(
+            "--layers reads the language model's state at an image's positions, which "
+            "model.projector.kind=cross_attention leaves without input"
+        )
     if flags.layers and not run.config.eval.rollout_source:
         raise ValueError("--layers reads images of eval.rollout_source, which is empty; name a source with captions")
     results = evaluate(
@@ -317,13 +338,13 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
     if flags.rollout_judge:
         _measure_rollout_error(run, flags.rollout_judge, to_path(flags.workdir) / "eval")
     if flags.layers:
-        _measure_layers(run, flags.workdir, flags.replicate)
+        _measure_layers(run, flags.workdir, flags.replicate, flags.probe_images)
     if distributed.is_lead():
         announce(f"page: {write_page(flags.workdir)}")
     return run
 
 
-def _measure_layers(run: "Run", workdir: str, replicate: int) -> None:
+def _measure_layers(run: "Run", workdir: str, replicate: int, labelled: str) -> None:
     """Written to `layers-<step>.json` and `.png`, and printed."""
     config, folder = run.config, to_path(workdir) / "eval"
     other = second_loss(config.objective)
@@ -332,6 +353,10 @@ def _measure_layers(run: "Run", workdir: str, replicate: int) -> None:
     layers = visual_layers(config, run.params, run.tokenizer, _reader(config))
     result = {"conflict": conflict, "other_loss": other, "layers": layers, "objective": config.objective}
     result |= {"step": run.step, "config_hash": run.config_hash}
+    if labelled:
+        images, names = list(read_labelled_images(Path(labelled))), class_names(Path(labelled))
+        by_layer = class_probes(config, run.params, run.tokenizer, images, names)
+        result["classes"] = {"images": labelled, "num_images": len(images), "by_layer": by_layer}
     announce(format_layers(result))
     if distributed.is_lead():
         write_json(folder / f"layers-{run.step}.json", result)
@@ -589,7 +614,7 @@ def _check_evaluation(config: Config) -> None:
 
 
 def _rolls_out(config: Config) -> bool:
-    return rolls_out(config.objective) and bool(config.eval.rollout_source)
+    return rolls_out(config) and bool(config.eval.rollout_source)
 
 
 def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -> dict[str, Any]:

@@ -36,6 +36,8 @@ PIXEL_ROLES: Mapping[Objective, PixelRole] = {
     "pixel_through": "through", "pixel_detached": "detached", "unihetero": "renderer",
 }  # fmt: skip
 """Of the objectives that have a pixel decoder."""
+ConnectorKind = Literal["mlp", "resampler", "qformer", "cross_attention"]
+"""See `model/connectors.py`."""
 Component = Literal["encoder", "projector", "decoder", "visual_branch", "semantic_head", "pixel_decoder"]
 Remat = Literal["none", "dots", "full"]
 Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
@@ -90,13 +92,24 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProjectorConfig:
-    """Semantic Encoder: 2x2 merge, a two-layer MLP, and an RMS norm.
+    """Semantic Encoder, or connector: from an image's features to as many visual embeddings as it has 2x2 blocks.
 
-    The norm's gain starts at `output_rms` (0: the RMS of the token embeddings at initialisation).
+    Attributes:
+        hidden_dim: units of the MLP after the merge; of a query connector, those of each block's MLP.
+        output_rms: where the gain of the norm at its output starts (0: the RMS of the token embeddings at
+            initialisation).
+        kind: `mlp` (LLaVA); `resampler` (Flamingo's perceiver) and `qformer` (BLIP-2's query transformer): queries of a
+            fixed order, which see the whole image; `cross_attention` (Flamingo): the MLP, and gated layers by which
+            the language model looks at images that it does not hold as inputs.
+        num_layers: blocks of a query connector.
+        num_heads: of a query connector, whose width is the encoder's. Gated layers have the decoder's heads.
     """
 
     hidden_dim: int
     output_rms: float
+    kind: ConnectorKind = "mlp"
+    num_layers: int = 2
+    num_heads: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +279,11 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with a schedule. `frozen` components get no update; `*_lr` multiply the learning rate of a component."""
+    """AdamW with a schedule. `frozen` components get no update; `*_lr` multiply the learning rate of a component.
+
+    `frozen_encoder_layers` keeps the encoder's patches, positions and so many of its layers as they are; they still
+    cost what trained ones do.
+    """
 
     learning_rate: float
     schedule: Literal["cosine", "warmup_stable_decay"]
@@ -285,6 +302,7 @@ class OptimizerConfig:
     frozen: tuple[Component, ...]
     pixel_decoder_lr: float = 1.0
     visual_branch_lr: float = 1.0
+    frozen_encoder_layers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -546,11 +564,25 @@ def visual_target(objective: Objective) -> VisualTarget | None:
     return VISUAL_TARGETS.get(objective)
 
 
-def rolls_out(objective: Objective) -> bool:
+def has_queries(model: ModelConfig) -> bool:
+    """Whether the connector's tokens are those of queries, which see the whole image, not of blocks."""
+    return model.projector.kind in ("resampler", "qformer")
+
+
+def has_cross_attention(model: ModelConfig) -> bool:
+    """Whether the language model looks at images through gated layers."""
+    return model.projector.kind == "cross_attention"
+
+
+def rolls_out(config: Config) -> bool:
     """Whether what the objective predicts can be fed back as an input. Normalised pixels have lost their mean and
-    deviation, and from a random encoder's features there is no way back.
+    deviation, from a random encoder's features there is no way back, and what was drawn of an image has no tokens of
+    queries, which ask for the whole.
     """
-    return visual_target(objective) in ("input", "encoder", "patch") or pixel_role(objective) in ("through", "detached")
+    objective = config.objective
+    if pixel_role(objective) in ("through", "detached"):
+        return not has_queries(config.model)
+    return visual_target(objective) in ("input", "encoder", "patch")
 
 
 def target_dim(model: ModelConfig, objective: Objective) -> int:
@@ -739,10 +771,11 @@ def _validate_model(model: ModelConfig) -> list[str]:
         ),
         *_rope_rules(decoder),
         *_head_rules(model),
+        *_connector_rules(model),
     ]
     positive = {
         "model.encoder": (encoder, ("num_layers", "dim", "num_heads", "mlp_dim", "patch_size", "position_grid")),
-        "model.projector": (model.projector, ("hidden_dim",)),
+        "model.projector": (model.projector, ("hidden_dim", "num_layers", "num_heads")),
         "model.semantic_head": (model.semantic_head, ("hidden_dim", "flow_steps")),
         "model.pixel_decoder": (model.pixel_decoder, ("num_layers", "dim", "num_heads", "mlp_dim")),
         "model.decoder": (
@@ -787,6 +820,22 @@ def _head_rules(model: ModelConfig) -> list[tuple[bool, str]]:
         (
             pixels.condition_noise >= 0 and 0 <= pixels.predicted_share <= 1,
             "model.pixel_decoder.condition_noise must not be negative, predicted_share must lie in [0, 1]",
+        ),
+    ]
+
+
+def _connector_rules(model: ModelConfig) -> list[tuple[bool, str]]:
+    projector = model.projector
+    return [
+        (
+            not has_queries(model) or model.encoder.dim % max(projector.num_heads, 1) == 0,
+            f"model.encoder.dim {model.encoder.dim} is the width of the {projector.kind}'s queries: it must be a "
+            f"multiple of model.projector.num_heads {projector.num_heads}",
+        ),
+        (
+            not has_cross_attention(model) or not model.visual_branch.split_layer,
+            "model.projector.kind=cross_attention has gated layers for one stack: set "
+            "model.visual_branch.split_layer=0",
         ),
     ]
 
@@ -995,13 +1044,19 @@ def _validate_run(config: Config) -> list[str]:
 
 
 def _objective_rules(config: Config) -> list[tuple[bool, str]]:
+    kept, num_layers = config.optimizer.frozen_encoder_layers, config.model.encoder.num_layers
     objective, loss, head = config.objective, config.loss, config.model.semantic_head
     absent = [name for name in config.init_from.components if name not in components_of(config.model, objective)]
+    predicts = visual_target(objective) is not None or pixel_role(objective) is not None
     return [
         (not absent, f"init_from.components names {', '.join(absent)}, which objective={objective} does not have"),
         (
             bool(set(components_of(config.model, objective)) - set(config.optimizer.frozen)),
             "optimizer.frozen freezes every component: nothing would train",
+        ),
+        (
+            0 <= kept <= num_layers,
+            f"optimizer.frozen_encoder_layers {kept} must lie between 0 and model.encoder.num_layers {num_layers}",
         ),
         (
             pixel_role(objective) != "detached" or not config.model.visual_branch.split_layer,
@@ -1021,8 +1076,20 @@ def _objective_rules(config: Config) -> list[tuple[bool, str]]:
             "model.semantic_head.standardise_targets normalises already; set loss.target_norm=none",
         ),
         (
-            not config.eval.rollout_source or visual_target(objective) not in ("pixels", "random"),
-            f"objective={objective} predicts what cannot be fed back as an input; set eval.rollout_source= (empty)",
+            not config.eval.rollout_source or not predicts or rolls_out(config),
+            f"objective={objective} with model.projector.kind={config.model.projector.kind} predicts what cannot "
+            "be fed back as an input; set eval.rollout_source= (empty)",
+        ),
+        (
+            not has_queries(config.model) or visual_target(objective) in (None, "input"),
+            f"objective={objective} has targets of blocks, and model.projector.kind={config.model.projector.kind} "
+            "tokens of queries: set objective=semantic_input, or model.projector.kind=mlp",
+        ),
+        (
+            not has_cross_attention(config.model)
+            or all(visual_loss_of(config, name) != "all" for name in config.data.sources),
+            "model.projector.kind=cross_attention gives images that are read no inputs, so they have none to predict: "
+            "set loss.visual_loss_on=generated, and visual_loss of the sources to match",
         ),
         (
             not config.eval.rollout_source or visual_target(objective) != "patch" or loss.visual_loss != "cosine",

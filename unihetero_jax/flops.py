@@ -12,6 +12,7 @@ MFU = FLOPs of `padded_work` per second / peak; useful MFU = FLOPs of `count_wor
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,8 @@ from unihetero_jax.config import (
     EncoderConfig,
     ModelConfig,
     Objective,
+    has_cross_attention,
+    has_queries,
     head_widths,
     num_branch_layers,
     patch_values,
@@ -42,6 +45,7 @@ class Work:
         patches: image patches.
         token_pairs: (query, key) pairs of the decoder's attention; a position attends to itself, too.
         patch_pairs: those of the encoder's attention.
+        cross_pairs: (position, visual token of a complete image) pairs of the gated layers, where there are such.
     """
 
     tokens: int
@@ -49,6 +53,7 @@ class Work:
     patches: int
     token_pairs: int
     patch_pairs: int
+    cross_pairs: int = 0
 
 
 def count_work(config: Config, arrays: Mapping[str, np.ndarray]) -> Work:
@@ -57,7 +62,7 @@ def count_work(config: Config, arrays: Mapping[str, np.ndarray]) -> Work:
     Args:
         config: for `model.encoder.attention`.
         arrays: fields of `arrays.Batch`: `segment_ids`, `branch_ids`, `text_loss_mask` [B, T] and
-            `patch_segment_ids` [B, P].
+            `patch_segment_ids` [B, P]; with gated layers also `visual_mask` [B, T].
     """
     segments, branches = np.asarray(arrays["segment_ids"]), np.asarray(arrays["branch_ids"])
     images = np.asarray(arrays["patch_segment_ids"])
@@ -66,8 +71,12 @@ def count_work(config: Config, arrays: Mapping[str, np.ndarray]) -> Work:
         token_pairs += _causal_pairs(row, row_branches)
         for length in _run_lengths(row_images):
             patch_pairs += _image_pairs(length, config.model.encoder)
+    cross_pairs = 0
+    if has_cross_attention(config.model):
+        rows = zip(segments, branches, np.asarray(arrays["visual_mask"]), strict=True)
+        cross_pairs = sum(_complete_pairs(*row) for row in rows)
     targets = int(np.sum(arrays["text_loss_mask"]))
-    return Work(int((segments > 0).sum()), targets, int((images > 0).sum()), token_pairs, patch_pairs)
+    return Work(int((segments > 0).sum()), targets, int((images > 0).sum()), token_pairs, patch_pairs, cross_pairs)
 
 
 def padded_work(config: Config, num_rows: int) -> Work:
@@ -82,6 +91,7 @@ def padded_work(config: Config, num_rows: int) -> Work:
         patches=num_rows * patches,
         token_pairs=num_rows * (tokens * (tokens + 1) // 2),
         patch_pairs=num_rows * _image_pairs(patches, config.model.encoder),
+        cross_pairs=num_rows * tokens * (patches // MERGED_PATCHES) if has_cross_attention(config.model) else 0,
     )
 
 
@@ -108,6 +118,8 @@ def executed_flops(config: Config, num_rows: int, backend: str) -> float:
     if is_dense:
         tokens, patches = config.data.row_tokens, config.data.row_patches
         work = dataclasses.replace(work, token_pairs=num_rows * tokens**2, patch_pairs=num_rows * patches**2)
+    if has_cross_attention(config.model):  # with a dense mask over positions, whatever the back end
+        work = dataclasses.replace(work, cross_pairs=num_rows * config.data.row_tokens**2)
     total = model_flops(config, work)["total"]
     frozen = set(config.optimizer.frozen)
     layers = (
@@ -137,10 +149,9 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
         for parts that the objective does not have. With replicates, those of one.
     """
     model, frozen = config.model, config.optimizer.frozen
-    visual_tokens = work.patches / MERGED_PATCHES
     encoder_dense = 2 * work.patches * _encoder_weights(model.encoder)
     encoder_attention = 4 * work.patch_pairs * model.encoder.dim * model.encoder.num_layers
-    projector = 2 * visual_tokens * _projector_weights(model)
+    projector = _connector_flops(model, work)
     decoder_dense = 2 * work.tokens * _decoder_weights(model.decoder)
     heads_dim = model.decoder.num_heads * model.decoder.head_dim
     decoder_attention = 4 * work.token_pairs * heads_dim * model.decoder.num_layers
@@ -153,7 +164,8 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
     flops = {
         "encoder": _step(encoder_dense, trains["encoder"], False)
         + _step_attention(encoder_attention, trains["encoder"]),
-        "projector": _step(projector, trains["projector"], below_projector),
+        "projector": _step(projector.dense, trains["projector"], below_projector)
+        + _step_attention(projector.attention, below_decoder),
         "decoder": _step(decoder_dense, trains["decoder"], below_decoder)
         + _step_attention(decoder_attention, below_heads),
         # Tied or not, the unembedding belongs to the decoder.
@@ -163,6 +175,8 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
         "pixel_decoder": 0.0,
         "ema_target": 0.0,
     }
+    if has_cross_attention(model):
+        flops["projector"] += _gated_flops(model.decoder, work, trains["projector"], below_decoder, below_heads)
     below_visual = below_heads
     if num_layers := num_branch_layers(model, config.objective):
         share = num_layers / model.decoder.num_layers
@@ -183,7 +197,7 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
     if target == "random" or (target in ("input", "encoder") and has_average and trains["encoder"]):
         flops["ema_target"] += encoder_dense + encoder_attention
     if target == "input" and has_average and (trains["encoder"] or trains["projector"]):
-        flops["ema_target"] += projector
+        flops["ema_target"] += projector.dense + projector.attention
     if target == "patch" and has_average and trains["encoder"]:
         flops["ema_target"] += 2 * work.patches * patch_values(model.encoder) * model.encoder.dim
     flops = {name: float(value) for name, value in flops.items()}
@@ -194,7 +208,7 @@ def parameter_counts(model: ModelConfig, objective: Objective) -> dict[str, int]
     """Parameters per component, and their `total`. Averages and optimizer moments are no parameters."""
     counts = {
         "encoder": _encoder_parameters(model.encoder),
-        "projector": _projector_weights(model) + model.projector.hidden_dim + 2 * model.decoder.dim,
+        "projector": _connector_parameters(model),
         "decoder": _decoder_parameters(model.decoder),
     }
     if num_layers := num_branch_layers(model, objective):
@@ -233,9 +247,62 @@ def _encoder_parameters(encoder: EncoderConfig) -> int:
     return _encoder_weights(encoder) + positions + encoder.num_layers * (block_biases + 2 * norm) + ends
 
 
+class _Forward(NamedTuple):
+    """FLOPs of a part's forward pass: products with weights, and those of attention."""
+
+    dense: float
+    attention: float
+
+
+def _connector_flops(model: ModelConfig, work: Work) -> _Forward:
+    """From features to visual embeddings. Queries see the patches of their image and each other: with as many of them
+    as blocks these are 5/16 of the pairs of patches, causal or not.
+    """
+    visual_tokens = work.patches / MERGED_PATCHES
+    if not has_queries(model):
+        return _Forward(2 * visual_tokens * _projector_weights(model), 0.0)
+    width, layers = model.encoder.dim, model.projector.num_layers
+    num_maps = 4 if model.projector.kind == "resampler" else 6  # a query transformer's queries attend twice
+    by_query = num_maps * width**2 + 2 * width * model.projector.hidden_dim
+    dense = (
+        layers * (visual_tokens * by_query + work.patches * 2 * width**2) + visual_tokens * width * model.decoder.dim
+    )
+    return _Forward(2 * dense, 4 * layers * width * work.patch_pairs * (1 + MERGED_PATCHES) / MERGED_PATCHES**2)
+
+
+def _gated_flops(decoder: DecoderConfig, work: Work, trains: bool, below_images: bool, below_positions: bool) -> float:
+    """A step of the gated layers: keys and values of every visual token, all else at every position. Where neither
+    these layers nor what is below the images trains, attention has a gradient by its queries alone.
+    """
+    queries, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    by_position = 2 * decoder.dim * queries + 3 * decoder.dim * decoder.mlp_dim
+    by_token = 2 * decoder.dim * keys
+    read = 2 * decoder.num_layers * work.patches / MERGED_PATCHES * by_token
+    rest = 2 * decoder.num_layers * work.tokens * by_position
+    attention = 4 * work.cross_pairs * queries * decoder.num_layers
+    factor = 3 if trains or below_images else 2 if below_positions else 1
+    return _step(read, trains, below_images) + _step(rest, trains, below_positions) + factor * attention
+
+
 def _projector_weights(model: ModelConfig) -> int:
     hidden = model.projector.hidden_dim
     return MERGED_PATCHES * model.encoder.dim * hidden + hidden * model.decoder.dim
+
+
+def _connector_parameters(model: ModelConfig) -> int:
+    decoder, projector, width = model.decoder, model.projector, model.encoder.dim
+    if has_queries(model):
+        num_attentions = 1 if projector.kind == "resampler" else 2
+        mlp = 2 * width * projector.hidden_dim + projector.hidden_dim + width
+        block = num_attentions * 4 * (width**2 + width) + mlp + 3 * 2 * width
+        places = 2 * decoder.max_grid * width
+        return projector.num_layers * block + places + width * decoder.dim + 2 * decoder.dim
+    count = _projector_weights(model) + projector.hidden_dim + 2 * decoder.dim
+    if has_cross_attention(model):
+        queries, keys = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+        attention = decoder.dim * (2 * queries + 2 * keys)
+        count += decoder.num_layers * (attention + 3 * decoder.dim * decoder.mlp_dim + 2 * decoder.dim + 2)
+    return count
 
 
 def _decoder_weights(decoder: DecoderConfig) -> int:
@@ -307,6 +374,16 @@ def _causal_pairs(segments: np.ndarray, branches: np.ndarray) -> int:
         prefix = int(lengths[0])
         pairs += prefix * (prefix + 1) // 2
         pairs += sum(prefix * n + n * (n + 1) // 2 for n in map(int, lengths[1:]))
+    return pairs
+
+
+def _complete_pairs(segments: np.ndarray, branches: np.ndarray, is_visual: np.ndarray) -> int:
+    """Pairs in one row of a position and a visual one of its segment and branch whose image has ended before it."""
+    pairs = 0
+    ended = np.cumsum(~is_visual)
+    for place in np.flatnonzero(is_visual):
+        sees = (segments == segments[place]) & (ended > ended[place])
+        pairs += int((sees & ((branches[place] == 0) | (branches == branches[place]))).sum())
     return pairs
 
 

@@ -23,6 +23,7 @@ from unihetero_jax.config import (
     Objective,
     VisualTarget,
     components_of,
+    has_cross_attention,
     num_branch_layers,
     pixel_role,
     visual_target,
@@ -87,7 +88,8 @@ def reached(config: Config, loss: LossName) -> set[Component]:
             components -= set(_VISION_AND_LM)
     # The text of `generation` is that of samples with a drawn image alone: the cut is theirs, too.
     if config.loss.cut_input_gradient and (loss != "text" or config.objective == "generation"):
-        components -= {"encoder", "projector"}
+        # Gated layers are the projector's, and lie above what is cut.
+        components -= {"encoder"} if has_cross_attention(config.model) else {"encoder", "projector"}
     return components - set(config.optimizer.frozen)
 
 

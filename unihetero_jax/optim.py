@@ -80,6 +80,16 @@ def _scale_components(config: OptimizerConfig) -> optax.GradientTransformation:
     scales = {name: getattr(config, f"{name}_lr") for name in COMPONENTS}
 
     def update(updates: Any, params: Any = None) -> Any:
-        return {name: jax.tree.map(lambda u, s=scales[name]: u * s, tree) for name, tree in updates.items()}
+        scaled = {name: jax.tree.map(lambda u, s=scales[name]: u * s, tree) for name, tree in updates.items()}
+        if config.frozen_encoder_layers and "encoder" in scaled:
+            scaled["encoder"] = _without_first_layers(scaled["encoder"], config.frozen_encoder_layers)
+        return scaled
 
     return optax.stateless(update)
+
+
+def _without_first_layers(encoder: Tree, number: int) -> Tree:
+    """Updates of the encoder from layer `number` on: zero for what comes before, its patches and positions included."""
+    blocks = jax.tree.map(lambda u: u.at[:number].set(0.0), encoder["blocks"])
+    below = {name: jax.tree.map(jnp.zeros_like, tree) for name, tree in encoder.items() if name != "norm"}
+    return {**encoder, **below, "blocks": blocks}

@@ -47,7 +47,7 @@ def loss_terms(
         target = (
             averaged.see(batch)
             if "encoder" in averages
-            else dataclasses.replace(seen, visual_embeddings=averaged.projector(seen.merged))
+            else dataclasses.replace(seen, visual_embeddings=averaged.project(seen.merged, batch))
         )
     flows = {}
     if visual_target(config.objective) and config.model.semantic_head.kind == "flow":

@@ -17,10 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from unihetero_jax.arrays import Batch
-from unihetero_jax.config import Config, Objective, pixel_role, visual_target
-from unihetero_jax.data.mixture import validation_batches
+from unihetero_jax.config import MERGED_PATCHES, Config, Objective, pixel_role, visual_target
+from unihetero_jax.data.labelled_images import LabelledImage
+from unihetero_jax.data.mixture import image_spec, validation_batches
+from unihetero_jax.data.packing import ImagePiece, PackedSample, TokenPiece
+from unihetero_jax.data.records import decode_image
 from unihetero_jax.data.tokenizer import Tokenizer
+from unihetero_jax.data.transforms import resize_to_grid
 from unihetero_jax.evaluation.diagnostics import Reader, boi_rows, held_out_samples, image_of
+from unihetero_jax.evaluation.ridge import best_ridge
+from unihetero_jax.inference.generate import prompt_batch
 from unihetero_jax.model.attention import decoder_attention
 from unihetero_jax.model.unihetero import Params, build
 from unihetero_jax.objectives import count_targets
@@ -29,9 +35,6 @@ from unihetero_jax.step import loss_terms
 MAX_BATCHES = 8
 _NUM_DRAWS = 1000
 _BATCH_IMAGES = 64
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Of a probe, relative to the mean square of its inputs; the best on a fifth of the fitting images is taken."""
-
 Part = tuple[str, int, str]
 """(component, layer or -1 where it has none, `weights` or `norms`)."""
 
@@ -227,6 +230,63 @@ def _seen(config: Config, params: Params, tokenizer: Tokenizer, samples: Sequenc
     return _Seen(states, [image_of(sample) for sample in samples])
 
 
+def class_probes(
+    config: Config, params: Params, tokenizer: Tokenizer, images: Sequence[LabelledImage], names: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    """What class a whole image is of, told from the mean of each layer's states at its tokens by a linear map.
+
+    Args:
+        config, params, tokenizer: the run's.
+        images: pictures with their classes, of any grids; every second one fits the map, the others measure it.
+        names: of the classes.
+
+    Returns:
+        {`encoder`, `input`, `layer 1` ...: (accuracy, share of the commonest class)}.
+
+    Raises:
+        ValueError: there are fewer than two images for each class.
+        RecordError: a picture cannot be decoded, or is larger than the run's rows hold.
+    """
+    if len(images) < 2 * len(names):
+        raise ValueError(
+            f"--probe-images: {len(images)} pictures of {len(names)} classes; at least two of each are needed"
+        )
+    parts = []
+    for start in range(0, len(images), _BATCH_IMAGES):
+        pixels = (
+            resize_to_grid(decode_image(image.picture.read()), image_spec(config))
+            for image in images[start : start + _BATCH_IMAGES]
+        )
+        samples = [PackedSample([TokenPiece([tokenizer.boi_id]), ImagePiece(one)]) for one in pixels]
+        parts.append(jax.device_get(_mean_states(config, params, prompt_batch(config, tokenizer, samples))))
+    labels = np.array([names[image.label] for image in images])
+    fit, held_out = slice(0, None, 2), slice(1, None, 2)
+    found = {}
+    for name in parts[0]:
+        states = np.concatenate([part[name] for part in parts])
+        found[name] = probe(states[fit], labels[fit], states[held_out], labels[held_out])
+    return found
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _mean_states(config: Config, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    """Of rows `<boi>` and an image of any size: the mean over its tokens in every layer, float32[B, width]."""
+    model = build(config.model, config.objective, params)
+    vision = model.see(batch)
+    attention = decoder_attention(config.model.attention_backend, batch.segment_ids, batch.branch_ids)
+    layers = model.decoder.by_layer(model.embed(batch, vision), batch.positions, attention)
+    is_token = batch.patch_segment_ids[:, ::MERGED_PATCHES] > 0
+    means = {"encoder": _mean(vision.merged, is_token), "input": _mean(vision.visual_embeddings, is_token)}
+    return means | {
+        f"layer {number + 1}": _mean(layers[number], batch.visual_mask) for number in range(layers.shape[0])
+    }
+
+
+def _mean(states: jax.Array, mask: jax.Array) -> jax.Array:
+    kept = jnp.where(mask[..., None], states.astype(jnp.float32), 0.0)
+    return kept.sum(axis=1) / jnp.maximum(mask.sum(axis=1, keepdims=True), 1)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def _states(config: Config, params: Params, batch: Batch) -> dict[str, jax.Array]:
     """Of rows `<boi>` and an image: the image's tokens in every layer, float32[B, N, width]."""
@@ -253,30 +313,22 @@ def probe(
     """(accuracy, share of the commonest class) of a ridge regression onto classes; positions labelled "" are left out.
 
     Args:
-        train, test: [images, N, width].
-        train_labels, test_labels: strings [images, N].
+        train, test: [images, N, width], or [images, width].
+        train_labels, test_labels: strings [images, N], or [images].
     """
     classes = sorted(set(train_labels[train_labels != ""]))
     inputs, labels = train[train_labels != ""].astype(np.float64), train_labels[train_labels != ""]
     fresh, truth = test[test_labels != ""].astype(np.float64), test_labels[test_labels != ""]
     mean, deviation = inputs.mean(axis=0), inputs.std(axis=0) + 1e-8
-    x, y = (inputs - mean) / deviation, (labels[:, None] == np.array(classes)).astype(np.float64)
-    cut = max(len(x) * 4 // 5, 1)
-
-    def right(weights: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> float:
-        guess = np.array(classes)[(np.c_[values, np.ones(len(values))] @ weights).argmax(axis=1)]
-        return float((guess == wanted).mean())
-
-    best = max(_RIDGES, key=lambda ridge: right(_ridge(x[:cut], y[:cut], ridge), x[cut:], labels[cut:]))
-    accuracy = right(_ridge(x, y, best), (fresh - mean) / deviation, truth)
+    one_hot = (labels[:, None] == np.array(classes)).astype(np.float64)
+    tell = best_ridge((inputs - mean) / deviation, one_hot, _share_wrong)
+    guess = np.array(classes)[tell((fresh - mean) / deviation).argmax(axis=1)]
     commonest = max(classes, key=lambda name: (labels == name).sum())
-    return accuracy, float((truth == commonest).mean())
+    return float((guess == truth).mean()), float((truth == commonest).mean())
 
 
-def _ridge(x: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
-    """Weights of standardised inputs and a constant, [width + 1, classes]."""
-    inputs = np.c_[x, np.ones(len(x))]
-    return np.linalg.solve(inputs.T @ inputs / len(x) + ridge * np.eye(inputs.shape[1]), inputs.T @ y / len(x))
+def _share_wrong(guess: np.ndarray, wanted: np.ndarray) -> float:
+    return float((guess.argmax(axis=1) != wanted.argmax(axis=1)).mean())
 
 
 def effective_rank(states: np.ndarray) -> float:
@@ -320,6 +372,10 @@ def format_layers(result: Mapping[str, Any]) -> str:
     if attributes:
         floors = "".join(f"{result['layers'][0]['probes'][name][1]:>14.3f}" for name in attributes)
         lines.append(f"{'(commonest)':<43}{floors}")
+    for name, (accuracy, floor) in result.get("classes", {}).get("by_layer", {}).items():
+        lines.append(
+            f"class of {result['classes']['images']}, from {name:<12}{accuracy:>8.3f}   (commonest {floor:.3f})"
+        )
     return "\n".join(lines)
 
 

@@ -37,6 +37,7 @@ from unihetero_jax.evaluation.diagnostics import (
     see_images,
 )
 from unihetero_jax.evaluation.drawings import BlockBank, pictures_of
+from unihetero_jax.evaluation.ridge import LinearMap, best_ridge
 from unihetero_jax.inference.draw import draw_images
 from unihetero_jax.inference.rollout import Rollout, rollout
 from unihetero_jax.model.unihetero import Params
@@ -45,8 +46,6 @@ from unihetero_jax.sharding import fetch
 TEACHER_FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of an image's positions whose inputs are true; 0 is free running, 1 is teacher forcing."""
 NUM_DRAWS = 1000
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Of the map, relative to the mean square of its inputs; the best on a fifth of its images is taken."""
 _BATCH_IMAGES = 64
 
 
@@ -220,24 +219,10 @@ def _name(fraction: float) -> str:
     return {0.0: "free_running", 1.0: "teacher_forced"}.get(fraction, f"teacher_{fraction:g}")
 
 
-def _fit_map(inputs: np.ndarray, outputs: np.ndarray) -> Any:
-    """The ridge regression from embeddings to the judge's features, one for all positions."""
-    cut = max(len(inputs) * 4 // 5, 1)
-
-    def error(ridge: float) -> float:
-        guess = _ridge(inputs[:cut], outputs[:cut], ridge)(inputs[cut:])
-        return float(((guess - outputs[cut:]) ** 2).mean())
-
-    return _ridge(inputs, outputs, min(_RIDGES, key=error))
-
-
-def _ridge(inputs: np.ndarray, outputs: np.ndarray, ridge: float) -> Any:
-    x, y = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
-    x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
-    x, y = x - x_mean, y - y_mean
-    gram = x.T @ x / len(x)
-    weights = np.linalg.solve(gram + ridge * np.trace(gram) / len(gram) * np.eye(len(gram)), x.T @ y / len(x))
-    return lambda values: (values - x_mean) @ weights + y_mean
+def _fit_map(inputs: np.ndarray, outputs: np.ndarray) -> LinearMap:
+    """The ridge regression from embeddings [images, N, d] to the judge's features, one for all positions."""
+    flat = (values.reshape(-1, values.shape[-1]) for values in (inputs, outputs))
+    return best_ridge(*flat, lambda guess, wanted: float(((guess - wanted) ** 2).mean()))
 
 
 def summarise(errors: Mapping[str, np.ndarray], variance: np.ndarray) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def roll_on(
             if canvas is not None:
                 kept = jnp.where(is_given, true.patch_embeddings[:, number], canvas.blocks[:, number])
                 canvas = canvas.with_block(number, kept)
-        last, cache = model.decode_step(fed, cache)
+        last, cache = model.decode_step(fed, cache, is_visual=True)
         return (last, cache, canvas), (predicted, pixels)
 
     (last, cache, _), (predicted, pixels) = jax.lax.scan(step, (last, cache, canvas), jnp.arange(num_tokens))

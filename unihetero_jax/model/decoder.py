@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unihetero_jax.arrays import Cache, typechecked
 from unihetero_jax.config import DecoderConfig, Remat
 from unihetero_jax.model.attention import RowAttention, attend, rope_frequencies, rotate
+from unihetero_jax.model.connectors import CachedCrossReader, CrossReader
 from unihetero_jax.model.layers import (
     GatedMLP,
     Linear,
@@ -124,10 +125,14 @@ class Decoder(nnx.Module):
 
     @typechecked
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attention: RowAttention
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        attention: RowAttention,
+        cross: CrossReader | None = None,
     ) -> Float[Array, "B T D"]:
-        """Whole rows; `attention` from `decoder_attention`."""
-        return self.norm(_run(self.blocks, x, positions, attention, self.config.remat))
+        """Whole rows; `attention` from `decoder_attention`. `cross` looks at images before every layer."""
+        return self.norm(_run(self.blocks, x, positions, attention, self.config.remat, cross))
 
     def below(self, x: jax.Array, split: int, positions: jax.Array, attention: RowAttention) -> jax.Array:
         """The layers before `split`."""
@@ -152,11 +157,28 @@ class Decoder(nnx.Module):
 
     @typechecked
     def cached(
-        self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], mask: Bool[Array, "B S K"], cache: Cache
-    ) -> tuple[Float[Array, "B S D"], Cache]:
-        """Reads `S` new positions and remembers them. `cache.length` is the caller's to advance."""
-        x, slots = _run_cached(self.blocks, x, positions, mask, (cache.keys, cache.values))
-        return self.norm(x), Cache(slots[0], slots[1], cache.length)
+        self,
+        x: Float[Array, "B S D"],
+        positions: Int[Array, "B S"],
+        mask: Bool[Array, "B S K"],
+        cache: Cache,
+        cross: CachedCrossReader | None = None,
+    ) -> tuple[Float[Array, "B S D"], tuple[Float[Array, "L B K G d"], Float[Array, "L B K G d"]], Any]:
+        """Reads `S` new positions; returns the hidden states, the keys and values with theirs, and those of `cross`."""
+        slots, seen = (cache.keys, cache.values), None
+        if cross is None:
+            x, slots = _run_cached(self.blocks, x, positions, mask, slots)
+        else:
+
+            def call(block: DecoderBlock, x: jax.Array, per_layer: Any) -> tuple[jax.Array, Any]:
+                own, gated, seen = per_layer
+                x, seen = cross(gated, x, seen)
+                x, own = block.cached(x, positions, mask, own)
+                return x, (own, seen)
+
+            per_layer = slots, cross.layers, cross.slots
+            x, (slots, seen) = scan_layers(self.blocks, x, call, "none", per_layer)
+        return self.norm(x), slots, seen
 
     @typechecked
     def cached_with_branch(
@@ -166,7 +188,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B S"],
         mask: Bool[Array, "B S K"],
         cache: Cache,
-    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"], Cache]:
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B S D"], tuple[jax.Array, jax.Array]]:
         """The same, and what the branch makes of it; its layers' keys and values follow the decoder's in the cache."""
         num_layers, split = self.config.num_layers, branch.split
         slots = (cache.keys, cache.values)
@@ -178,7 +200,7 @@ class Decoder(nnx.Module):
         text, upper = _run_cached(layers_between(self.blocks, split, num_layers), x, positions, mask, upper)
         visual, own = _run_cached(branch.blocks, x, positions, mask, own)
         joined = jax.tree.map(lambda *parts: jnp.concatenate(parts), lower, upper, own)
-        return self.norm(text), branch.norm(visual), Cache(joined[0], joined[1], cache.length)
+        return self.norm(text), branch.norm(visual), joined
 
 
 class VisualBranch(nnx.Module):
@@ -198,8 +220,19 @@ class VisualBranch(nnx.Module):
         return self.norm(_run(self.blocks, x, positions, attention, self.config.remat))
 
 
-def _run(blocks: nnx.Module, x: jax.Array, positions: jax.Array, attention: RowAttention, remat: Remat) -> jax.Array:
-    return scan_layers(blocks, x, lambda block, x, _: (block(x, positions, attention), None), remat)[0]
+def _run(
+    blocks: nnx.Module,
+    x: jax.Array,
+    positions: jax.Array,
+    attention: RowAttention,
+    remat: Remat,
+    cross: CrossReader | None = None,
+) -> jax.Array:
+    def call(block: DecoderBlock, x: jax.Array, gated: Any) -> tuple[jax.Array, None]:
+        x = x if cross is None else cross(gated, x)
+        return block(x, positions, attention), None
+
+    return scan_layers(blocks, x, call, remat, None if cross is None else cross.layers)[0]
 
 
 def _run_cached(blocks: nnx.Module, x: jax.Array, positions: jax.Array, mask: jax.Array, slots: Any) -> tuple[Any, Any]:

@@ -17,7 +17,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from unihetero_jax.arrays import Batch, Cache, Flow, Hidden, ModelOutput, VisionOutput, typechecked
+from unihetero_jax.arrays import (
+    NOT_VISUAL,
+    Batch,
+    Cache,
+    Flow,
+    Hidden,
+    ModelOutput,
+    VisionOutput,
+    VisualCache,
+    typechecked,
+)
 from unihetero_jax.config import (
     MERGED_PATCHES,
     ModelConfig,
@@ -29,6 +39,7 @@ from unihetero_jax.config import (
     visual_target,
 )
 from unihetero_jax.model.attention import RowAttention, decoder_attention, encoder_attention
+from unihetero_jax.model.connectors import CachedCrossReader, CrossReader, complete_image_mask
 from unihetero_jax.model.decoder import Decoder, VisualBranch
 from unihetero_jax.model.layers import ParamKeys
 from unihetero_jax.model.pixel_decoder import PixelDecoder
@@ -88,10 +99,13 @@ class UniHetero(nnx.Module):
         vision = self.see(batch)
         if visual_embeddings is not None:
             vision = dataclasses.replace(vision, visual_embeddings=visual_embeddings)
-        x = constrain(self.embed(batch, vision, cut_input_gradient), "batch", "sequence", "replicated")
+        read = self._cut(batch, vision) if cut_input_gradient else vision
+        x = constrain(self.embed(batch, read), "batch", "sequence", "replicated")
         attention = decoder_attention(self.config.attention_backend, batch.segment_ids, batch.branch_ids)
         if self.visual_branch is None:
-            hidden = visual = constrain(self.decoder(x, batch.positions, attention), "batch", "sequence", "replicated")
+            cross = self._cross_reader(batch, read)
+            hidden = self.decoder(x, batch.positions, attention, cross)
+            hidden = visual = constrain(hidden, "batch", "sequence", "replicated")
         else:
             split = self.visual_branch.split
             shared = self.decoder.below(x, split, batch.positions, attention)
@@ -131,7 +145,26 @@ class UniHetero(nnx.Module):
         features = self.encoder(batch.patches, batch.patch_coords, batch.patch_grid, attention, self.dtype)
         merged = merge_patches(constrain(features, "batch", "replicated", "replicated"))
         patch_embeddings = merge_patches(self.encoder.embed_patches(batch.patches, self.dtype))
-        return VisionOutput(merged, self.projector(merged), patch_embeddings)
+        return VisionOutput(merged, self.project(merged, batch), patch_embeddings)
+
+    @typechecked
+    def project(self, merged: Float[Array, "B U M"], batch: Batch) -> Float[Array, "B U D"]:
+        """The Semantic Encoder alone, on the batch's merged features."""
+        return self.projector(merged, batch.patch_segment_ids, batch.patch_coords)
+
+    def _cut(self, batch: Batch, vision: VisionOutput) -> VisionOutput:
+        """As it is read where the gradient stops at the images of samples that carry the visual loss."""
+        embeddings = vision.visual_embeddings
+        is_cut = _of_samples_with_visual_loss(batch, embeddings.shape[1])[..., None]
+        return dataclasses.replace(
+            vision, visual_embeddings=jnp.where(is_cut, jax.lax.stop_gradient(embeddings), embeddings)
+        )
+
+    def _cross_reader(self, batch: Batch, vision: VisionOutput) -> CrossReader | None:
+        if self.projector.gated is None:
+            return None
+        mask = complete_image_mask(batch.segment_ids, batch.branch_ids, batch.visual_mask)
+        return CrossReader(self.projector.gated, vision.visual_embeddings, batch.visual_index, mask)
 
     def _vision_attention(self, segments: jax.Array) -> RowAttention:
         # A strip one visual token high is the longest image that the grid table allows.
@@ -159,18 +192,22 @@ class UniHetero(nnx.Module):
         places = patch_places(grid, num_tokens)
         sizes = jnp.broadcast_to(2 * grid[:, None], places.shape)
         features = self.encoder.features(embedded, places, sizes, self._vision_attention(segments))
-        return self.projector(merge_patches(features))
+        return self.projector.of_blocks(merge_patches(features))
 
     @typechecked
-    def embed(self, batch: Batch, vision: VisionOutput, cut_input_gradient: bool = False) -> Float[Array, "B T D"]:
-        """`X`: token embeddings, with visual embeddings at visual positions."""
+    def embed(self, batch: Batch, vision: VisionOutput) -> Float[Array, "B T D"]:
+        """`X`: token embeddings, with visual embeddings at visual positions.
+
+        With gated layers only those of images that carry the visual loss: an image that is read leaves the embedding of
+        the padding token in its places, the same in all of them (our choice, so that rows are laid out alike).
+        """
         tokens = self.decoder.embed(batch.tokens, batch.boi_grid, self.dtype)
         embeddings = vision.visual_embeddings
-        if cut_input_gradient:
-            is_cut = _of_samples_with_visual_loss(batch, embeddings.shape[1])[..., None]
-            embeddings = jnp.where(is_cut, jax.lax.stop_gradient(embeddings), embeddings)
         visual = jnp.take_along_axis(embeddings, batch.visual_index[..., None], axis=1)
-        return jnp.where(batch.visual_mask[..., None], visual, tokens)
+        is_input = batch.visual_mask
+        if self.projector.gated is not None:
+            is_input &= jnp.take_along_axis(_with_visual_loss(batch, embeddings.shape[1]), batch.visual_index, axis=1)
+        return jnp.where(is_input[..., None], visual, tokens)
 
     @typechecked
     def prefill(self, batch: Batch, num_slots: int) -> tuple[Hidden, Cache]:
@@ -184,28 +221,48 @@ class UniHetero(nnx.Module):
             constrain(jnp.zeros(shape, self.dtype), "layers", "batch", "replicated", "heads", "replicated")
             for _ in range(2)
         )
-        cache = Cache(keys, values, length)
+        seen = None
+        if self.projector.gated is not None:
+            none_begun = jnp.full((num_rows, num_slots), NOT_VISUAL, jnp.int32)
+            seen = VisualCache(keys, values, none_begun, jnp.zeros_like(length))
+        vision = self.see(batch)
         positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32), batch.tokens.shape)
-        mask = jnp.arange(num_slots) <= positions[..., None]
-        text, visual, cache = self._cached(self.embed(batch, self.see(batch)), positions, mask, cache)
-        text, visual = (jnp.take_along_axis(x, length[:, None, None] - 1, axis=1)[:, 0] for x in (text, visual))
-        return Hidden(text, visual), cache
+        read = jnp.take_along_axis(vision.visual_embeddings, batch.visual_index[..., None], axis=1)
+        cache = Cache(keys, values, jnp.zeros_like(length), seen)
+        return self._cached(self.embed(batch, vision), read, positions, batch.visual_mask, length, cache)
 
     def _cached(
-        self, x: jax.Array, positions: jax.Array, mask: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, jax.Array, Cache]:
+        self,
+        x: jax.Array,
+        read: jax.Array,
+        positions: jax.Array,
+        visual_mask: jax.Array,
+        num_new: jax.Array,
+        cache: Cache,
+    ) -> tuple[Hidden, Cache]:
+        """Reads new positions, of which `num_new` of each row are no padding; gated layers look at `read`, not `x`."""
+        mask = jnp.arange(cache.keys.shape[2]) <= positions[..., None]
+        length = cache.length + num_new
         if self.visual_branch is not None:
-            return self.decoder.cached_with_branch(self.visual_branch, x, positions, mask, cache)
-        hidden, cache = self.decoder.cached(x, positions, mask, cache)
-        return hidden, hidden, cache
+            text, visual, slots = self.decoder.cached_with_branch(self.visual_branch, x, positions, mask, cache)
+            cache = Cache(*slots, length)
+        else:
+            cross = None
+            if self.projector.gated is not None:
+                cross = CachedCrossReader(self.projector.gated, read, positions, visual_mask, cache.visual)
+            text, slots, seen = self.decoder.cached(x, positions, mask, cache, cross)
+            cache = Cache(*slots, length, None if cross is None else cross.cache_with(seen, num_new))
+            visual = text
+        text, visual = (jnp.take_along_axis(x, num_new[:, None, None] - 1, axis=1)[:, 0] for x in (text, visual))
+        return Hidden(text, visual), cache
 
     @typechecked
-    def decode_step(self, embedding: Float[Array, "B D"], cache: Cache) -> tuple[Hidden, Cache]:
-        """Reads one more input embedding per row; returns the hidden state there."""
-        positions = cache.length[:, None]
-        mask = jnp.arange(cache.keys.shape[2]) <= positions[..., None]
-        text, visual, cache = self._cached(embedding[:, None], positions, mask, cache)
-        return Hidden(text[:, 0], visual[:, 0]), Cache(cache.keys, cache.values, cache.length + 1)
+    def decode_step(
+        self, embedding: Float[Array, "B D"], cache: Cache, is_visual: bool = False
+    ) -> tuple[Hidden, Cache]:
+        """Reads one more input embedding per row, of a token or of an image; returns the hidden state there."""
+        x, positions = embedding[:, None], cache.length[:, None]
+        return self._cached(x, x, positions, jnp.full(positions.shape, is_visual), jnp.ones_like(cache.length), cache)
 
     @typechecked
     def predict_embedding(self, hidden: Float[Array, "*batch D"], key: PRNGKeyArray) -> Float[Array, "*batch D"]:
@@ -216,7 +273,7 @@ class UniHetero(nnx.Module):
         """
         predicted = self.semantic_head.draw(hidden, key)
         if visual_target(self.objective) == "encoder":
-            return self.projector(self.encoder.rescale_merged(predicted))
+            return self.projector.of_blocks(self.encoder.rescale_merged(predicted))
         return self.projector.rescale(predicted)
 
     @property
@@ -234,6 +291,13 @@ def _of_samples_with_visual_loss(batch: Batch, num_visual: int) -> jax.Array:
     has_loss = jnp.zeros((num_rows, length + 1), bool).at[rows, batch.segment_ids].max(batch.visual_loss_mask)
     is_cut = jnp.take_along_axis(has_loss, batch.segment_ids, axis=1) & batch.visual_mask
     return jnp.zeros((num_rows, num_visual), bool).at[rows, batch.visual_index].max(is_cut)
+
+
+def _with_visual_loss(batch: Batch, num_visual: int) -> jax.Array:
+    """Which visual tokens are of an image that carries the visual loss, bool[B, U]."""
+    num_rows = batch.segment_ids.shape[0]
+    none = jnp.zeros((num_rows, num_visual), bool)
+    return none.at[jnp.arange(num_rows)[:, None], batch.visual_index].max(batch.visual_loss_mask)
 
 
 def abstract_model(config: ModelConfig, objective: Objective) -> tuple[nnx.GraphDef, nnx.State]:
