@@ -120,6 +120,12 @@ def test_images_of_a_renderer_are_drawn_and_read(tiny_experiment, tmp_path, monk
     assert "drawn from captions" in capsys.readouterr().out
     stored = json.loads((tmp_path / "images.json").read_text())
     assert stored["step"] == 2 and stored["fidelity"].keys() == found.keys()
+    controls = {name for name in found if "named" in name}
+    assert controls == {
+        "drawn from partial captions: named", "drawn from partial captions: unnamed",
+        "nearest blocks, partial: named", "nearest blocks, partial: unnamed", "another scene's picture: unnamed",
+    }  # fmt: skip
+    assert all(found[name].num_objects > 0 for name in controls)
     assert stored["answers"].keys() == {
         "true embeddings", "rolled out from captions", "mean embedding", "another scene's rollout",
     }  # fmt: skip
