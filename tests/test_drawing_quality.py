@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from conftest import make_tiny_config
@@ -9,8 +10,10 @@ from PIL import Image
 
 from unihetero_jax import cli
 from unihetero_jax.evaluation import drawing_quality as instrument
+from unihetero_jax.evaluation.diagnostics import drawing_prompts, image_of, samples_of, stored_drawn_records
 from unihetero_jax.evaluation.image_distance import compare_images
 from unihetero_jax.evaluation.rollout_error import Judge
+from unihetero_jax.inference.rollout import rollout
 from unihetero_jax.train import train
 
 NUMBER = 90
@@ -48,14 +51,21 @@ def test_a_perfect_generator_has_the_floors_figures_and_a_poor_one_is_far_off(me
     assert result["num_features"] == true.shape[1] and result["encoder_digest"] == judge.digest
 
 
-def test_pictures_belong_to_their_captions(measured):
-    """What is drawn is repeated with the run alone; the true images are all different ones."""
+def test_pictures_belong_to_their_captions(measured, monkeypatch):
+    """Drawn in parts, they are those of all at one time, in the captions' order; the true images are all different."""
     run, _, pictures = measured
-    again = instrument.drawing_quality(run.config, run.params, run.tokenizer, NUMBER)[1]
-    for a, b in zip(pictures["drawn"], again["drawn"], strict=True):
-        np.testing.assert_array_equal(a, b)
-    images = {picture.tobytes() for name in ("captioned", "true") for picture in pictures[name]}
-    assert len(images) == 2 * NUMBER
+    monkeypatch.setattr(instrument, "pictures_of", lambda config, params, rolled, *_: list(rolled.embeddings))
+    stored = stored_drawn_records(run.config, run.tokenizer, 2 * NUMBER)
+    samples = samples_of(run.config, run.tokenizer, stored)
+    in_parts = instrument._draw(run.config, run.params, run.tokenizer, samples[:NUMBER], (3, 3))
+    prompts = drawing_prompts(run.config, run.tokenizer, samples[:NUMBER])
+    whole = rollout(run.config, run.params, prompts, 9, jax.random.key(0)).embeddings
+    np.testing.assert_allclose(np.stack(in_parts), whole, atol=1e-5)
+    assert np.abs(np.diff(whole, axis=0)).max() > 1e-3, "captions say different things"
+    for name, part in (("captioned", samples[:NUMBER]), ("true", samples[NUMBER:])):
+        for picture, sample in zip(pictures[name], part, strict=True):
+            np.testing.assert_array_equal(picture, image_of(sample))
+    assert len({picture.tobytes() for name in ("captioned", "true") for picture in pictures[name]}) == 2 * NUMBER
 
 
 def test_pictures_that_show_nothing():
