@@ -85,7 +85,7 @@ def draw(workdir: Path) -> dict[str, Fidelity]:
     found = {"true pictures (the reader's accuracy)": asked.fidelity(asked.pictures, all_sizes=True)}
     found |= {label: asked.fidelity(made, all_sizes="true emb" in label) for label, made in pictures.items()}
     found["another scene's picture (blind floor)"] = asked.of_other_scenes()
-    found |= from_partial_captions(run, asked.partially(), bank)
+    found |= from_partial_captions(run, asked, pictures["drawn from captions"], bank)
     print(fidelity_table(found))
     answers = answers_on_rollouts(run, asked, rolled)
     print(answers_table(answers))
@@ -111,18 +111,26 @@ def drawn_pictures(run: Run, asked: UnseenScenes, rolled: np.ndarray, bank: Bloc
     }
 
 
-def from_partial_captions(run: Run, asked: UnseenScenes, bank: BlockBank) -> dict[str, Fidelity]:
+def from_partial_captions(
+    run: Run, asked: UnseenScenes, from_whole: Sequence[np.ndarray], bank: BlockBank
+) -> dict[str, Fidelity]:
     """The control: captions that name some of a scene's objects; training had none that left any out. What they name
-    should be as right as under whole captions, what they leave out no better than in another scene's picture.
+    should be as right as the same objects under whole captions, what they leave out no better than in another scene's
+    picture.
     """
-    rolled = predicted_embeddings(run.config, run.params, run.tokenizer, asked.captions, 0)
+    partial = asked.partially()
+    rolled = predicted_embeddings(run.config, run.params, run.tokenizer, partial.captions, 0)
     kinds = {
-        "drawn from partial captions": asked.fidelity_by_name(_from_captions(run, asked.captions, 0)),
-        "nearest blocks, partial": asked.fidelity_by_name(bank.draw(rolled)),
+        "drawn from partial captions": partial.fidelity_by_name(_from_captions(run, partial.captions, 0)),
+        "nearest blocks, partial": partial.fidelity_by_name(bank.draw(rolled)),
     }
     found = {f"{label}: {name}": one for label, by_name in kinds.items() for name, one in by_name.items()}
-    others = [*asked.pictures[1:], asked.pictures[0]]
-    return found | {"another scene's picture: unnamed": asked.fidelity_by_name(others)["unnamed"]}
+    same = [made for made, scene in zip(from_whole, asked.scenes, strict=True) if scene in partial.scenes]
+    others = [*partial.pictures[1:], partial.pictures[0]]
+    return found | {
+        "drawn from captions: those named": partial.fidelity_by_name(same)["named"],
+        "another scene's picture: unnamed": partial.fidelity_by_name(others)["unnamed"],
+    }
 
 
 def answers_on_rollouts(run: Run, asked: UnseenScenes, rolled: np.ndarray) -> dict[str, dict[str, float]]:

@@ -28,10 +28,15 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
         ValueError: the sets have different features, fewer than two images, or values that are not finite.
     """
     a, b = _checked(a, b, 2)
-    roots = [np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r") for x in (a, b)]
-    shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-    spread = sum((root**2).sum() for root in roots)
+    root_a, root_b = _root(a), _root(b)
+    shared = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    spread = (root_a**2).sum() + (root_b**2).sum()
     return float(max(((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + spread - 2 * shared, 0.0))
+
+
+def _root(x: np.ndarray) -> np.ndarray:
+    """R with R'R the covariance, [at most F, F]: all that the singular values of A B' need of A."""
+    return np.asarray(np.linalg.qr((x - x.mean(axis=0)) / np.sqrt(len(x) - 1), mode="r"))
 
 
 def precision_and_recall(true: np.ndarray, drawn: np.ndarray, num_neighbours: int = NUM_NEIGHBOURS) -> dict[str, float]:
