@@ -109,3 +109,6 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_evaluated(renderer, 
     assert "no run here" in refused(*command, "--drawings=5", f"--rollout-judge={renderer / 'nowhere'}")
     with pytest.raises(ValueError, match=r"objective=semantic_input draws no pixels .* experiments/renderer.py"):
         instrument.check_drawings(make_tiny_config(), None, 5)
+    other = Judge(make_tiny_config(model__encoder__patch_size=8), {}, None)
+    with pytest.raises(ValueError, match="reads patches of 8 pixels, the run of 4"):
+        other.check_patches(make_tiny_config())
