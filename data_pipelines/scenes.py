@@ -79,7 +79,7 @@ class Scene:
 
 def scene_rng(seed: int, split: Split, level: Level, index: int, purpose: str) -> np.random.Generator:
     """The randomness of one scene for one purpose, independent of every other."""
-    purposes = ("objects", "noise", "caption", "questions")
+    purposes = ("objects", "noise", "caption", "questions", "part")
     key = [seed, tuple(IMAGE_SIZE).index(level), FIRST_INDEX[split] + index, purposes.index(purpose)]
     return np.random.default_rng(key)
 
@@ -97,6 +97,19 @@ def make_scene(seed: int, split: Split, level: Level, index: int) -> Scene:
             color, shape = _draw_pair(rng, objects)
         objects.append(SceneObject(color, shape, size, x, y, radius))
     return Scene(level, index, tuple(objects))
+
+
+def part_of(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The scene with some of its objects, at least one and never all: what a partial caption names.
+
+    Raises:
+        ValueError: the scene has a single object.
+    """
+    if len(scene.objects) < 2:
+        raise ValueError(f"scene {scene.index} of one object has no part; take scenes of two objects or more")
+    number = int(rng.integers(1, len(scene.objects)))
+    kept = sorted(rng.permutation(len(scene.objects))[:number])
+    return dataclasses.replace(scene, objects=tuple(scene.objects[i] for i in kept))
 
 
 def _draw_pair(rng: np.random.Generator, earlier: Sequence[SceneObject]) -> tuple[str, str]:

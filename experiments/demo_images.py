@@ -2,9 +2,9 @@
 
     python -m experiments.demo_images --workdir=runs/demo-images
 
-Writes <workdir>/images.json (fidelity by attribute), images.png (captions, the true scenes, what is drawn from their
-own embeddings and from the captions) and training.png (the same captions drawn by the steps that were kept). Expected
-on two CPU cores: the table in docs/generation.md.
+Writes <workdir>/images.json (fidelity by attribute, also of captions that leave objects out), images.png (captions, the
+true scenes, what is drawn from their own embeddings and from the captions) and training.png (the same captions drawn by
+the steps that were kept). Expected on two CPU cores: the table in docs/generation.md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from experiments.scene_drawings import (
 from unihetero_jax.checkpoint import list_steps
 from unihetero_jax.cli import Run, load_run, run_training
 from unihetero_jax.config import from_config_dict
-from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct, seen_images
+from unihetero_jax.evaluation.drawings import BlockBank, default_grid, draw_from_texts, reconstruct, seen_images
 from unihetero_jax.evaluation.sheet import draw_pictures
 from unihetero_jax.train import Interrupted
 
@@ -80,10 +80,12 @@ def draw(workdir: Path) -> dict[str, Fidelity]:
     """Measures the run's last step and writes its sheets."""
     run, asked = load_run(os.fspath(workdir), -1, 0), unseen_scenes(NUM_SCENES)
     rolled = predicted_embeddings(run.config, run.params, run.tokenizer, asked.captions, 0)
-    pictures = drawn_pictures(run, asked, rolled)
+    bank = scene_bank(run.config, run.params, run.tokenizer)
+    pictures = drawn_pictures(run, asked, rolled, bank)
     found = {"true pictures (the reader's accuracy)": asked.fidelity(asked.pictures, all_sizes=True)}
     found |= {label: asked.fidelity(made, all_sizes="true emb" in label) for label, made in pictures.items()}
     found["another scene's picture (blind floor)"] = asked.of_other_scenes()
+    found |= from_partial_captions(run, asked, pictures["drawn from captions"], bank)
     print(fidelity_table(found))
     answers = answers_on_rollouts(run, asked, rolled)
     print(answers_table(answers))
@@ -97,16 +99,37 @@ def draw(workdir: Path) -> dict[str, Fidelity]:
     return found
 
 
-def drawn_pictures(run: Run, asked: UnseenScenes, rolled: np.ndarray) -> dict[str, list[np.ndarray]]:
+def drawn_pictures(run: Run, asked: UnseenScenes, rolled: np.ndarray, bank: BlockBank) -> dict[str, list[np.ndarray]]:
     """Every scene, by what it was drawn from."""
     config, params, tokenizer = run.config, run.params, run.tokenizer
     files = [encode_png(picture) for picture in asked.pictures]
-    bank = scene_bank(config, params, tokenizer)
     from_true = [pair[1] for part in batches(files) for pair in reconstruct(config, params, tokenizer, part, 0)]
     return {
         "drawn from true embeddings": from_true,
         "drawn from captions": _from_captions(run, asked.captions, 0),
         "nearest blocks, from captions": bank.draw(rolled),
+    }
+
+
+def from_partial_captions(
+    run: Run, asked: UnseenScenes, from_whole: Sequence[np.ndarray], bank: BlockBank
+) -> dict[str, Fidelity]:
+    """The control: captions that name some of a scene's objects; training had none that left any out. What they name
+    should be as right as the same objects under whole captions, what they leave out no better than in another scene's
+    picture.
+    """
+    partial = asked.partially()
+    rolled = predicted_embeddings(run.config, run.params, run.tokenizer, partial.captions, 0)
+    kinds = {
+        "drawn from partial captions": partial.fidelity_by_name(_from_captions(run, partial.captions, 0)),
+        "nearest blocks, partial": partial.fidelity_by_name(bank.draw(rolled)),
+    }
+    found = {f"{label}: {name}": one for label, by_name in kinds.items() for name, one in by_name.items()}
+    same = [made for made, scene in zip(from_whole, asked.scenes, strict=True) if scene in partial.scenes]
+    others = [*partial.pictures[1:], partial.pictures[0]]
+    return found | {
+        "drawn from captions: those named": partial.fidelity_by_name(same)["named"],
+        "another scene's picture: unnamed": partial.fidelity_by_name(others)["unnamed"],
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipelines.scene_questions import make_questions
 from data_pipelines.scene_reader import Fidelity, fidelity, read_scene
-from data_pipelines.scenes import SIZES, Scene, caption, encode_png, make_scene, render, scene_rng
+from data_pipelines.scenes import SIZES, Scene, caption, encode_png, make_scene, part_of, render, scene_rng
 from unihetero_jax.config import Config
 from unihetero_jax.data.question_files import StoredImage
 from unihetero_jax.data.tokenizer import Tokenizer
@@ -29,20 +29,68 @@ _BATCH = 64
 
 @dataclasses.dataclass(frozen=True)
 class UnseenScenes:
-    """Scenes of the test split with their pictures, and the captions they are asked for by."""
+    """Scenes of the test split with their pictures, and the captions they are asked for by.
+
+    Attributes:
+        scenes: whole.
+        pictures: true ones.
+        captions: of all objects of each scene, or of some.
+        named: the cells, by location, whose objects the caption names.
+    """
 
     scenes: tuple[Scene, ...]
     pictures: tuple[np.ndarray, ...]
     captions: tuple[str, ...]
+    named: tuple[frozenset[str], ...]
 
     def fidelity(self, pictures: Sequence[np.ndarray], *, all_sizes: bool = False) -> Fidelity:
         """Of pictures of the scenes. A caption may not name sizes; a picture drawn from the true one has them all."""
-        named = [all_sizes or any(size in text.split() for size in SIZES) for text in self.captions]
-        return fidelity(self.scenes, [read_scene(picture) for picture in pictures], named)
+        return fidelity(self.scenes, [read_scene(picture) for picture in pictures], self._sizes_named(all_sizes))
 
     def of_other_scenes(self) -> Fidelity:
         """The blind floor: each true picture scored against the caption of the scene before."""
         return self.fidelity([*self.pictures[1:], self.pictures[0]])
+
+    def partially(self) -> "UnseenScenes":
+        """Those of two objects or more, asked for by captions that leave at least one of them out.
+
+        Which ones follows from the scene alone. Nothing tells such a caption from the whole one of a smaller scene.
+        """
+        places = [i for i, scene in enumerate(self.scenes) if len(scene.objects) > 1]
+        scenes = tuple(self.scenes[i] for i in places)
+        captions, named = [], []
+        for scene in scenes:
+            rng = scene_rng(0, "test", "easy", scene.index, "part")
+            part = part_of(scene, rng)
+            captions.append(caption(part, rng))
+            named.append(_cells(part))
+        return UnseenScenes(scenes, tuple(self.pictures[i] for i in places), tuple(captions), tuple(named))
+
+    def fidelity_by_name(self, pictures: Sequence[np.ndarray]) -> dict[str, Fidelity]:
+        """`named` objects and `unnamed` ones apart, each as if the others' cells were not there; of the unnamed, all
+        sizes count. Above the blind floor (`unnamed` of other scenes' pictures), the latter would betray a leak.
+        """
+        readings = [read_scene(picture) for picture in pictures]
+
+        def of(is_named: bool, sizes: list[bool]) -> Fidelity:
+            scenes, seen = [], []
+            for scene, named, reading in zip(self.scenes, self.named, readings, strict=True):
+                asked = named if is_named else _cells(scene) - named
+                others = _cells(scene) - asked
+                objects = tuple(item for item in scene.objects if scene.location(item) in asked)
+                scenes.append(dataclasses.replace(scene, objects=objects))
+                seen.append({cell: item for cell, item in reading.items() if cell not in others})
+            return fidelity(scenes, seen, sizes)
+
+        return {"named": of(True, self._sizes_named()), "unnamed": of(False, self._sizes_named(True))}
+
+    def _sizes_named(self, all_sizes: bool = False) -> list[bool]:
+        return [all_sizes or any(size in text.split() for size in SIZES) for text in self.captions]
+
+
+def _cells(scene: Scene) -> frozenset[str]:
+    """Where its objects stand."""
+    return frozenset(scene.location(item) for item in scene.objects)
 
 
 def unseen_scenes(number: int) -> UnseenScenes:
@@ -53,7 +101,8 @@ def unseen_scenes(number: int) -> UnseenScenes:
         caption(scene, scene_rng(0, "test", "easy", index, "caption"))
         for scene, index in zip(scenes, indices, strict=True)
     )
-    return UnseenScenes(scenes, tuple(render(scene, 0, "test") for scene in scenes), captions)
+    pictures = tuple(render(scene, 0, "test") for scene in scenes)
+    return UnseenScenes(scenes, pictures, captions, tuple(_cells(scene) for scene in scenes))
 
 
 def scene_bank(config: Config, params: Params, tokenizer: Tokenizer) -> BlockBank:

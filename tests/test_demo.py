@@ -120,6 +120,15 @@ def test_images_of_a_renderer_are_drawn_and_read(tiny_experiment, tmp_path, monk
     assert "drawn from captions" in capsys.readouterr().out
     stored = json.loads((tmp_path / "images.json").read_text())
     assert stored["step"] == 2 and stored["fidelity"].keys() == found.keys()
+    controls = {name for name in found if "named" in name}
+    assert controls == {
+        "drawn from partial captions: named", "drawn from partial captions: unnamed",
+        "nearest blocks, partial: named", "nearest blocks, partial: unnamed", "drawn from captions: those named",
+        "another scene's picture: unnamed",
+    }  # fmt: skip
+    named = {found[name].num_objects for name in controls if "unnamed" not in name}
+    unnamed = {found[name].num_objects for name in controls if "unnamed" in name}
+    assert len(named) == len(unnamed) == 1 and min(named | unnamed) > 0, "the same objects each time"
     assert stored["answers"].keys() == {
         "true embeddings", "rolled out from captions", "mean embedding", "another scene's rollout",
     }  # fmt: skip

@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 
 from data_pipelines.scene_reader import SeenObject, fidelity, read_scene
-from data_pipelines.scenes import BACKGROUND, COLORS, RADII, SHAPES, Scene, SceneObject, make_scene, render
+from data_pipelines.scenes import (
+    BACKGROUND,
+    COLORS,
+    LOCATION_PHRASES,
+    RADII,
+    SHAPES,
+    Scene,
+    SceneObject,
+    make_scene,
+    part_of,
+    render,
+)
 from experiments.scene_drawings import unseen_scenes
 
 
@@ -82,3 +93,46 @@ def test_the_blind_floor_is_low_and_captions_say_whether_sizes_count():
     named = [len(scene.objects) for scene, text in zip(asked.scenes, asked.captions, strict=True)
              if "small" in text or "large" in text]  # fmt: skip
     assert true.num_sized == sum(named) < true.num_objects and true.shares["scene"] == 1
+
+
+def test_partial_captions_name_some_objects_and_say_which():
+    """The cells that count as named are those whose objects the words name, each scene's own and the same again."""
+    whole = unseen_scenes(40)
+    asked = whole.partially()
+    assert len(asked.scenes) == sum(len(scene.objects) > 1 for scene in whole.scenes)
+    fewer = unseen_scenes(20).partially()
+    assert fewer.captions == asked.captions[: len(fewer.captions)]
+    for scene, text, named in zip(asked.scenes, asked.captions, asked.named, strict=True):
+        assert 1 <= len(named) < len(scene.objects)
+        assert sum(text.count(shape) for shape in SHAPES) == len(named)
+        for item in scene.objects:
+            phrases = LOCATION_PHRASES[scene.location(item)]
+            words = [f"{item.color} {item.shape} {place}" for place in phrases]
+            assert any(w in text for w in words) == (scene.location(item) in named)
+    with pytest.raises(ValueError, match="of one object has no part"):
+        part_of(next(scene for scene in whole.scenes if len(scene.objects) == 1), np.random.default_rng(0))
+
+
+def test_named_and_unnamed_objects_are_scored_apart():
+    """A true picture is right in both; one of the named objects alone in these; one of the others alone in those."""
+    asked = unseen_scenes(40).partially()
+    halves = {True: [], False: []}
+    for scene, named in zip(asked.scenes, asked.named, strict=True):
+        for is_named, pictures in halves.items():
+            objects = tuple(item for item in scene.objects if (scene.location(item) in named) == is_named)
+            pictures.append(render(dataclasses.replace(scene, objects=objects)))
+
+    def shares(pictures):
+        return {name: set(one.shares.values()) for name, one in asked.fidelity_by_name(pictures).items()}
+
+    assert shares(asked.pictures) == {"named": {1.0}, "unnamed": {1.0}}
+    assert shares(halves[True]) == {"named": {1.0}, "unnamed": {0.0}}
+    assert shares(halves[False]) == {"named": {0.0}, "unnamed": {1.0}}
+    others = asked.fidelity_by_name([*asked.pictures[1:], asked.pictures[0]])
+    assert others["unnamed"].shares["object"] < 0.5 and others["unnamed"].shares["color"] < 0.2
+    assert others["named"].extra_per_scene == others["unnamed"].extra_per_scene > 0, "in cells that are empty"
+    found = asked.fidelity_by_name(asked.pictures)
+    assert found["unnamed"].num_sized == found["unnamed"].num_objects and found["named"].extra_per_scene == 0
+    sized = [len(named) for text, named in zip(asked.captions, asked.named, strict=True)
+             if "small" in text or "large" in text]  # fmt: skip
+    assert found["named"].num_sized == sum(sized) < found["named"].num_objects

@@ -37,6 +37,12 @@ from unihetero_jax.data.tokenizer import Tokenizer, load_tokenizer
 from unihetero_jax.evaluation import comparison, official
 from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.diagnostics import Reader, check_candidates, rollout_retrieval
+from unihetero_jax.evaluation.drawing_quality import (
+    check_drawings,
+    drawing_quality,
+    format_drawing_quality,
+    write_pictures,
+)
 from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct
 from unihetero_jax.evaluation.held_out import held_out_likelihood
 from unihetero_jax.evaluation.layers import (
@@ -163,6 +169,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluates.add_argument(
         "--rollout-judge", default="", metavar="WORKDIR",
         help="also the error of rollouts by position, in the space of that run's encoder (experiments/scene_judge.py)",
+    )  # fmt: skip
+    evaluates.add_argument(
+        "--drawings", type=int, default=None, metavar="N",
+        help="also draw N captions and compare the pictures with true ones: Frechet distance, precision and recall in "
+        "the space of the judge's encoder, or of its own",
     )  # fmt: skip
     evaluates.add_argument(
         "--layers", action="store_true",
@@ -323,6 +334,9 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
         )
     if flags.layers and not run.config.eval.rollout_source:
         raise ValueError("--layers reads images of eval.rollout_source, which is empty; name a source with captions")
+    if flags.drawings is not None:
+        check_drawings(run.config, run.tokenizer, flags.drawings)
+    judge = _load_judge(flags.rollout_judge, run.config) if flags.rollout_judge else None
     results = evaluate(
         run.config, model_of(run, flags.max_new_tokens), run.tokenizer,
         select_benchmarks(run.config.eval.benchmarks, requested), step=run.step, config_hash=run.config_hash,
@@ -335,8 +349,10 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
         _measure_held_out(run, to_path(flags.workdir) / "eval")
     if flags.rollout:
         _roll_out(run, to_path(flags.workdir) / "eval")
-    if flags.rollout_judge:
-        _measure_rollout_error(run, flags.rollout_judge, to_path(flags.workdir) / "eval")
+    if judge:
+        _measure_rollout_error(run, judge, to_path(flags.workdir) / "eval")
+    if flags.drawings is not None:
+        _measure_drawings(run, flags.drawings, judge, to_path(flags.workdir) / "eval")
     if flags.layers:
         _measure_layers(run, flags.workdir, flags.replicate, flags.probe_images)
     if distributed.is_lead():
@@ -655,10 +671,26 @@ def _roll_out(run: "Run", folder: epath.Path) -> dict[str, Any]:
     return result
 
 
-def _measure_rollout_error(run: "Run", judge_workdir: str, folder: epath.Path) -> None:
-    """Written to `rollout-error-<step>.json` and `.png`, and printed."""
-    found = load_run(judge_workdir, -1, 0)
+def _load_judge(workdir: str, config: Config) -> Judge:
+    """The newest step of the run `--rollout-judge`. Raises ValueError unless it reads patches of the run's size."""
+    found = load_run(workdir, -1, 0)
     judge = Judge(found.config, found.params, found.tokenizer)
+    judge.check_patches(config)
+    return judge
+
+
+def _measure_drawings(run: "Run", number: int, judge: Judge | None, folder: epath.Path) -> None:
+    """Written to `drawings-<step>.json` and, the pictures, to `drawings-<step>/`; and printed."""
+    result, pictures = drawing_quality(run.config, run.params, run.tokenizer, number, judge)
+    result |= {"objective": run.config.objective, "step": run.step, "config_hash": run.config_hash}
+    announce(format_drawing_quality(result))
+    if distributed.is_lead():
+        write_pictures(pictures, folder / f"drawings-{run.step}")
+        write_json(folder / f"drawings-{run.step}.json", result)
+
+
+def _measure_rollout_error(run: "Run", judge: Judge, folder: epath.Path) -> None:
+    """Written to `rollout-error-<step>.json` and `.png`, and printed."""
     result = rollout_error(run.config, run.params, run.tokenizer, judge, _reader(run.config))
     result |= {"objective": run.config.objective, "step": run.step, "config_hash": run.config_hash}
     announce(format_rollout_error(result))

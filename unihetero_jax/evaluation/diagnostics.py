@@ -78,15 +78,13 @@ def rollout_retrieval(config: Config, params: Params, tokenizer: Tokenizer) -> d
         ValueError: too few usable records, or images of different grids.
     """
     check_candidates(config, tokenizer)
-    source, spec = config.eval.rollout_source, image_spec(config)
-    opened = open_split(config, tokenizer, source, "val")
-    stored = [opened.read(int(record)) for record in drawn_records(opened)[: config.eval.rollout_candidates]]
-    opened.close()
-    samples = [sample_from_record(deserialize(data), tokenizer, spec) for data in stored]
+    source = config.eval.rollout_source
+    stored = stored_drawn_records(config, tokenizer, config.eval.rollout_candidates)
+    samples = samples_of(config, tokenizer, stored)
     true = see_images(config, params, tokenizer, samples).visual_embeddings
     prompts = drawing_prompts(config, tokenizer, samples)
     drawn = fetch(rollout(config, params, prompts, true.shape[1], jax.random.key(0)).embeddings)
-    data_hash = hashlib.blake2b(b"".join(stored), digest_size=8).hexdigest()
+    data_hash = hash_of(stored)
     compared = _compare(drawn.astype(np.float64), np.asarray(true, np.float64))
     return {"source": source, "data_hash": data_hash, **compared}
 
@@ -99,17 +97,32 @@ def held_out_samples(config: Config, tokenizer: Tokenizer) -> tuple[list[PackedS
         ValueError: fewer than twice `eval.rollout_candidates` records ask for one image.
     """
     source, needed = config.eval.rollout_source, config.eval.rollout_candidates
-    opened = open_split(config, tokenizer, source, "val")
-    stored = [opened.read(int(record)) for record in drawn_records(opened)[: needed + MAX_FIT_IMAGES]]
-    opened.close()
+    stored = stored_drawn_records(config, tokenizer, needed + MAX_FIT_IMAGES)
     if len(stored) < 2 * needed:
         raise ValueError(
             f"eval.rollout_source: {len(stored)} validation records of {source} ask for one image; to measure "
             f"eval.rollout_candidates = {needed} of them, as many others are needed to fit a map on"
         )
-    samples = [sample_from_record(deserialize(data), tokenizer, image_spec(config)) for data in stored]
-    data_hash = hashlib.blake2b(b"".join(stored[:needed]), digest_size=8).hexdigest()
-    return samples[:needed], samples[needed:], data_hash
+    samples = samples_of(config, tokenizer, stored)
+    return samples[:needed], samples[needed:], hash_of(stored[:needed])
+
+
+def stored_drawn_records(config: Config, tokenizer: Tokenizer, most: int) -> list[bytes]:
+    """The first so many validation records of `eval.rollout_source` that ask for one image, or all that there are."""
+    opened = open_split(config, tokenizer, config.eval.rollout_source, "val")
+    stored = [opened.read(int(record)) for record in drawn_records(opened)[:most]]
+    opened.close()
+    return stored
+
+
+def samples_of(config: Config, tokenizer: Tokenizer, stored: Sequence[bytes]) -> list[PackedSample]:
+    """Stored records as the run packs them."""
+    return [sample_from_record(deserialize(data), tokenizer, image_spec(config)) for data in stored]
+
+
+def hash_of(stored: Sequence[bytes]) -> str:
+    """16 hex digits by which results name the records that they were made of."""
+    return hashlib.blake2b(b"".join(stored), digest_size=8).hexdigest()
 
 
 def drawing_prompts(config: Config, tokenizer: Tokenizer, samples: list[PackedSample]) -> Batch:

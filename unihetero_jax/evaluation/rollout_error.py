@@ -62,8 +62,22 @@ class Judge:
         """12 hex digits of its encoder's parameters, by which results name it."""
         digest = hashlib.blake2b(digest_size=6)
         for leaf in jax.tree.leaves(self.params["encoder"]):
-            digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+            digest.update(np.ascontiguousarray(fetch(leaf)).tobytes())
         return digest.hexdigest()
+
+    def check_patches(self, config: Config) -> None:
+        """Raises ValueError unless it reads patches of the run's size."""
+        own, of_run = self.config.model.encoder.patch_size, config.model.encoder.patch_size
+        if own != of_run:
+            raise ValueError(
+                f"--rollout-judge: reads patches of {own} pixels, the run of {of_run}; they see different visual "
+                "tokens, train a judge of the run's size"
+            )
+
+    def features(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """What its encoder makes of the visual tokens of pictures of one grid, float64[images, N, J]."""
+        samples = [PackedSample([TokenPiece([self.tokenizer.boi_id]), ImagePiece(picture)]) for picture in pictures]
+        return np.asarray(_see(self.config, self.params, self.tokenizer, samples).merged, np.float64)
 
 
 def rollout_error(
@@ -89,14 +103,11 @@ def rollout_error(
     Raises:
         ValueError: too few images, images of several grids, or a judge of another patch size.
     """
-    if judge.config.model.encoder.patch_size != config.model.encoder.patch_size:
-        raise ValueError(
-            f"--rollout-judge: reads patches of {judge.config.model.encoder.patch_size} pixels, the run of "
-            f"{config.model.encoder.patch_size}; they see different visual tokens, train a judge of the run's size"
-        )
+    judge.check_patches(config)
     measured, fitting, data_hash = held_out_samples(config, tokenizer)
-    vision, seen = _see(config, params, tokenizer, measured), _judged(judge, measured)
-    fit_vision, seen_fit = _see(config, params, tokenizer, fitting), _judged(judge, fitting)
+    originals, fit_originals = ([image_of(sample) for sample in samples] for samples in (measured, fitting))
+    seen, seen_fit = judge.features(originals), judge.features(fit_originals)
+    vision, fit_vision = (_see(config, params, tokenizer, samples) for samples in (measured, fitting))
     true, true_fit = (np.asarray(x.visual_embeddings, np.float64) for x in (vision, fit_vision))
     to_judge = _fit_map(true_fit, seen_fit)
     rollouts = _rollouts(config, params, tokenizer, measured, vision)
@@ -105,7 +116,7 @@ def rollout_error(
     grid = common_grid(config, measured)
     pictures = _pictures(config, params, rollouts["free_running"], vision, grid)
     for name, made in pictures.items():
-        guesses[name] = _judged(judge, [_sample(tokenizer, picture) for picture in made])
+        guesses[name] = judge.features(made)
     guesses["mean_embedding"] = np.broadcast_to(seen_fit.mean(axis=0), seen.shape)
     guesses["copy_previous"] = _copied(to_judge(true), seen_fit.mean(axis=0))
     errors = {name: ((guess - seen) ** 2).sum(axis=-1) for name, guess in guesses.items()}
@@ -113,9 +124,9 @@ def rollout_error(
     result = summarise(errors, variance)
     result["retrieval_by_position"] = _retrieval(guesses["free_running"], seen)
     if read is not None:
-        bank = BlockBank.of([image_of(sample) for sample in fitting], true_fit, grid)
+        bank = BlockBank.of(fit_originals, true_fit, grid)
         shown = {"nearest blocks": bank.draw(np.asarray(rollouts["free_running"].embeddings))} | pictures
-        result["attributes"] = _fidelity(read, [image_of(sample) for sample in measured], shown)
+        result["attributes"] = _fidelity(read, originals, shown)
     result["leak"] = {
         "r_squared": _leak(true_fit, true), "encoder_attention": config.model.encoder.attention,
     }  # fmt: skip
@@ -132,11 +143,6 @@ def _see(config: Config, params: Params, tokenizer: Tokenizer, samples: Sequence
         for start in range(0, len(samples), _BATCH_IMAGES)
     ]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
-
-
-def _judged(judge: Judge, samples: Sequence[PackedSample]) -> np.ndarray:
-    """What the judge's encoder makes of the images' tokens, float64[images, N, J]."""
-    return np.asarray(_see(judge.config, judge.params, judge.tokenizer, samples).merged, np.float64)
 
 
 def _rollouts(
@@ -167,10 +173,6 @@ def _pictures(
         embeddings = np.asarray(true.visual_embeddings)
         pictures["reconstructed"] = draw_images(config, params, embeddings, grid, jax.random.key(0))
     return pictures
-
-
-def _sample(tokenizer: Tokenizer, picture: np.ndarray) -> PackedSample:
-    return PackedSample([TokenPiece([tokenizer.boi_id]), ImagePiece(picture)])
 
 
 def _fidelity(
