@@ -21,7 +21,6 @@ import numpy as np
 
 from benchmarks.interleave import Timing
 from benchmarks.results_file import describe_run, write_results
-from unihetero_jax.cli import Run, load_run, make_log_probs
 from unihetero_jax.config import Config
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import assemble_row, empty_rows, sample_from_record, stack_rows
@@ -35,6 +34,7 @@ from unihetero_jax.data.records import (
 )
 from unihetero_jax.evaluation.benchmarks import Item, read_benchmark
 from unihetero_jax.evaluation.multiple_choice import prompt_text, score_items
+from unihetero_jax.loaded_run import Run, load_run, make_log_probs
 
 BAR = 5.0
 """Least gain over one by one."""

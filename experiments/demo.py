@@ -27,7 +27,7 @@ from data_pipelines.scenes import Level, caption, encode_png, make_scene, render
 from experiments import quickstart
 from experiments.scene_drawings import fidelity_table, predicted_embeddings, scene_bank, unseen_scenes
 from unihetero_jax.checkpoint import Checkpointer
-from unihetero_jax.cli import load_run, make_log_probs, run_training
+from unihetero_jax.cli import run_training
 from unihetero_jax.config import Config, from_config_dict, rolls_out
 from unihetero_jax.data.question_files import StoredImage
 from unihetero_jax.data.tokenizer import load_tokenizer
@@ -36,6 +36,7 @@ from unihetero_jax.evaluation.multiple_choice import score_items
 from unihetero_jax.evaluation.scoring import OptionScores
 from unihetero_jax.evaluation.sheet import SheetEntry, SheetQuestion, draw_pictures, draw_sheet
 from unihetero_jax.inference.generate import Prompt, generate_text
+from unihetero_jax.loaded_run import load_run, make_log_probs
 from unihetero_jax.model.unihetero import Params
 from unihetero_jax.train import Interrupted
 

@@ -10,8 +10,8 @@ import small
 from conftest import make_tiny_config
 
 from unihetero_jax import step
-from unihetero_jax.cli import make_log_probs
 from unihetero_jax.config import MeshConfig
+from unihetero_jax.loaded_run import make_log_probs
 from unihetero_jax.model import splash, unihetero
 from unihetero_jax.model.attention import (
     attend,

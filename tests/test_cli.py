@@ -12,11 +12,13 @@ import pytest
 from conftest import make_tiny_config
 from PIL import Image
 
-from unihetero_jax import cli
+from unihetero_jax import cli, evaluate_run
 from unihetero_jax.checkpoint import list_steps
-from unihetero_jax.cli import choose_steps, main
+from unihetero_jax.cli import main
+from unihetero_jax.evaluate_run import choose_steps
 from unihetero_jax.evaluation import runner
 from unihetero_jax.inference import generate
+from unihetero_jax.loaded_run import fingerprint
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.workdir import RunLock
 
@@ -156,9 +158,9 @@ def test_watching_a_finished_run_evaluates_each_step_and_ends(trained, tiny_worl
 
 def test_parameters_have_a_fingerprint():
     params = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones(4, jnp.bfloat16)}
-    assert cli.fingerprint(params) == cli.fingerprint(jax.tree.map(jnp.copy, params))
+    assert fingerprint(params) == fingerprint(jax.tree.map(jnp.copy, params))
     changed = params | {"a": params["a"].at[0, 0].set(1e-30)}
-    assert cli.fingerprint(changed) != cli.fingerprint(params)
+    assert fingerprint(changed) != fingerprint(params)
 
 
 def test_watching_takes_steps_as_they_come_and_counts_those_that_went(monkeypatch, capsys):
@@ -175,8 +177,8 @@ def test_watching_takes_steps_as_they_come_and_counts_those_that_went(monkeypatc
         evaluated.append(step)
         return types.SimpleNamespace(config=types.SimpleNamespace(train=types.SimpleNamespace(num_steps=30)))
 
-    monkeypatch.setattr(cli, "list_steps", look)
-    monkeypatch.setattr(cli, "_evaluate_step", evaluate_step)
+    monkeypatch.setattr(evaluate_run, "list_steps", look)
+    monkeypatch.setattr(evaluate_run, "_evaluate_step", evaluate_step)
     assert main(["evaluate", "--workdir=x", "--watch=0.001"]) == 0
     assert evaluated == [10, 20, 30]
     assert "step 25 was removed before it could be evaluated" in capsys.readouterr().out
@@ -187,7 +189,7 @@ def test_training_can_be_interrupted_by_evaluations(monkeypatch):
     evaluated, hooks = [], []
     monkeypatch.setattr(cli, "agree_on_run", lambda *_: None)
     monkeypatch.setattr(cli, "prepare_workdir", lambda *_: None)
-    monkeypatch.setattr(cli, "_check_evaluation", lambda *_: None)
+    monkeypatch.setattr(cli, "check_evaluation", lambda *_: None)
     monkeypatch.setattr(cli, "evaluate_state", lambda config, workdir, state, step: evaluated.append(step))
     monkeypatch.setattr(cli, "train", lambda config, workdir, given, *_: hooks.extend(given))
     cli.run_training(make_tiny_config(eval__every_steps=2, train__num_steps=6), "x")
@@ -209,10 +211,10 @@ def test_steps_are_chosen_by_name(trained, tmp_path, refused):
 def test_the_best_step_has_the_least_validation_loss(monkeypatch):
     lines = [{"step": step, "eval_loss": {"qa": {"text": loss}, "pair": {"text": 1.0}}} for step, loss in
              ((10, 3.0), (20, 1.0), (30, 2.0))]  # fmt: skip
-    monkeypatch.setattr(cli, "read_metrics", lambda workdir: [*lines, {"step": 40}])
-    monkeypatch.setattr(cli, "list_steps", lambda workdir: [10, 30, 40])
+    monkeypatch.setattr(evaluate_run, "read_metrics", lambda workdir: [*lines, {"step": 40}])
+    monkeypatch.setattr(evaluate_run, "list_steps", lambda workdir: [10, 30, 40])
     assert choose_steps("x", "best") == [30], "step 20 is no longer there, step 40 was not validated"
-    monkeypatch.setattr(cli, "list_steps", lambda workdir: [40])
+    monkeypatch.setattr(evaluate_run, "list_steps", lambda workdir: [40])
     with pytest.raises(ValueError, match="no stored step of x was validated"):
         choose_steps("x", "best")
 

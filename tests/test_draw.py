@@ -19,6 +19,7 @@ from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.data.transforms import patchify, resize_to_grid, unpatchify
 from unihetero_jax.evaluation.drawings import BlockBank, block_bank
 from unihetero_jax.inference import draw
+from unihetero_jax.loaded_run import load_run
 from unihetero_jax.model import unihetero
 from unihetero_jax.objectives import pixel_flow
 from unihetero_jax.state import averages_of_targets, ema_components, params_in_use, update_ema
@@ -207,7 +208,7 @@ def test_the_pixel_decoder_that_draws_is_its_average():
 
 def test_a_run_is_loaded_with_the_average(renderer):
     stored = restore_subtree(renderer, None, ["params/pixel_decoder", "ema/pixel_decoder"])[1]
-    loaded = cli.load_run(str(renderer), -1, 0).params["pixel_decoder"]
+    loaded = load_run(str(renderer), -1, 0).params["pixel_decoder"]
     for averaged, used in zip(*map(jax.tree.leaves, (stored["ema"], loaded)), strict=True):
         np.testing.assert_array_equal(used, averaged)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (stored["params"], loaded)), strict=True))

@@ -8,12 +8,13 @@ import pytest
 from conftest import make_tiny_config
 from PIL import Image
 
-from unihetero_jax import cli
+from unihetero_jax import cli, evaluate_run
 from unihetero_jax.evaluation import drawing_quality as instrument
 from unihetero_jax.evaluation.diagnostics import drawing_prompts, image_of, samples_of, stored_drawn_records
 from unihetero_jax.evaluation.image_distance import compare_images
 from unihetero_jax.evaluation.rollout_error import Judge
 from unihetero_jax.inference.rollout import rollout
+from unihetero_jax.loaded_run import load_run
 from unihetero_jax.train import train
 
 NUMBER = 90
@@ -33,7 +34,7 @@ def renderer(tiny_experiment, tiny_world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(renderer):
     """(the run, its figures and pictures)."""
-    run = cli.load_run(str(renderer), -1, 0)
+    run = load_run(str(renderer), -1, 0)
     return run, *instrument.drawing_quality(run.config, run.params, run.tokenizer, NUMBER)
 
 
@@ -99,7 +100,7 @@ def test_the_command_writes_figures_and_the_folders_for_fid(renderer, capsys):
 
 
 def test_what_cannot_be_drawn_is_refused_before_anything_is_evaluated(renderer, refused, monkeypatch):
-    monkeypatch.setattr(cli, "evaluate", lambda *_, **__: pytest.fail("benchmarks were run first"))
+    monkeypatch.setattr(evaluate_run, "evaluate", lambda *_, **__: pytest.fail("benchmarks were run first"))
     command = ["evaluate", f"--workdir={renderer}"]
     for number in ("0", "1", "-3"):
         assert f"--drawings={number}: give at least 4" in refused(*command, f"--drawings={number}")

@@ -11,7 +11,7 @@ import pytest
 from data_pipelines.scene_world import CAPTION_PROMPT, generation_record
 from data_pipelines.scenes import COLORS, LOCATIONS, SHAPES, encode_png, make_scene, render
 from experiments import quickstart
-from unihetero_jax.cli import load_run, make_log_probs, run_training
+from unihetero_jax.cli import run_training
 from unihetero_jax.config import from_config_dict
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import sample_from_record
@@ -19,6 +19,7 @@ from unihetero_jax.evaluation.benchmarks import read_benchmark
 from unihetero_jax.evaluation.multiple_choice import score_items
 from unihetero_jax.evaluation.scoring import summarize
 from unihetero_jax.inference.generate import Prompt, generate_text, prompt_batch
+from unihetero_jax.loaded_run import load_run, make_log_probs
 from unihetero_jax.model.unihetero import build
 from unihetero_jax.objectives import compute_loss, count_targets, means
 

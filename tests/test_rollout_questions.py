@@ -7,9 +7,9 @@ import pytest
 import small
 from conftest import make_tiny_config
 
-from unihetero_jax.cli import make_log_probs
 from unihetero_jax.data.packing import ImagePiece
 from unihetero_jax.evaluation.rollout_questions import in_place_of, log_probs_on
+from unihetero_jax.loaded_run import make_log_probs
 from unihetero_jax.model.unihetero import build
 
 
