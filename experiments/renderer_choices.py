@@ -5,7 +5,7 @@
 Trains a renderer (experiments/renderer.py) for every arm and seed, equal in steps, batches and noise, and reads what it
 draws of unseen scenes: from their own embeddings and from those rolled out of their captions. These come from the
 frozen run, so every arm draws from the same ones. Writes <workdir>/choices.json after every renderer; a finished
-renderer is not trained again. Expected: the table in docs/generation.md.
+renderer is neither trained nor drawn again. Expected: the table in docs/generation.md.
 """
 
 import argparse
@@ -34,11 +34,12 @@ from unihetero_jax.train import Interrupted
 ARMS = ("adaptive_norm", "cross_attention", "adaptive_norm+rollout")
 ATTRIBUTES = ("object", "color", "shape", "size")
 SOURCES = ("true", "captions")
+RESULTS = "choices.json"
 Result = dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains, draws, reads, and prints the table after every renderer; returns the exit code."""
+    """Trains, draws, reads, and prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.renderer_choices", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--run", default="reference/demo", help="finished run whose embeddings are drawn")
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", default=",".join(ARMS))
     flags = parser.parse_args(arguments)
     try:
-        compare(flags)
+        print(table(compare(flags)))
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signal_number
@@ -67,20 +68,26 @@ def compare(flags: argparse.Namespace) -> list[Result]:
     if unknown:
         raise ValueError(f"--arms {','.join(unknown)}: there are {', '.join(ARMS)}")
     scales = [float(scale) for scale in flags.guidance.split(",")]
-    asked, results = unseen_scenes(flags.scenes), []
-    embeddings: dict[str, np.ndarray] = {}
+    settings = {"steps": flags.steps, "scenes": flags.scenes, "guidance": scales}
+    results = [result for result in _stored(workdir) if all(result[name] == value for name, value in settings.items())]
+    asked, embeddings = unseen_scenes(flags.scenes), {}
     for seed in range(flags.seeds):
         for arm in arms:
-            folder = workdir / f"{arm}-{seed}"
-            config = make_config(flags.run, arm, seed, flags.steps)
+            if any((result["arm"], result["seed"]) == (arm, seed) for result in results):
+                continue
+            folder, config = workdir / f"{arm}-{seed}", make_config(flags.run, arm, seed, flags.steps)
             run_training(config, os.fspath(folder))
             run = load_run(os.fspath(folder), -1, 0)
             embeddings = embeddings or embeddings_of(run, asked)
             drawn = {str(scale): read_drawings(run, asked, embeddings, scale) for scale in scales}
-            results.append(describe(config, folder, arm, seed) | {"drawn": drawn})
-            (workdir / "choices.json").write_text(json.dumps(results, indent=1) + "\n")
-            print(table(results), flush=True)
+            results.append({"arm": arm, "seed": seed, **settings, **describe(config, folder), "drawn": drawn})
+            (workdir / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+            print(table(results[-1:]), flush=True)
     return results
+
+
+def _stored(workdir: Path) -> list[Result]:
+    return json.loads((workdir / RESULTS).read_text()) if (workdir / RESULTS).exists() else []
 
 
 def make_config(run: str, arm: str, seed: int, num_steps: int) -> Config:
@@ -117,7 +124,7 @@ def read_drawings(
     for source, values in embeddings.items():
         pictures = [
             picture
-            for number, part in enumerate(batches(values))
+            for number, part in enumerate(batches(list(values)))
             for picture in draw_images(
                 config, run.params, np.asarray(part), (height // side, width // side), jax.random.key(number)
             )
@@ -126,7 +133,7 @@ def read_drawings(
     return found
 
 
-def describe(config: Config, folder: Path, arm: str, seed: int) -> Result:
+def describe(config: Config, folder: Path) -> Result:
     """What a renderer is and costs: parameters of the pixel decoder, FLOPs and seconds of a step (the median of those
     logged), and the pixel loss of unseen images.
     """
@@ -134,7 +141,6 @@ def describe(config: Config, folder: Path, arm: str, seed: int) -> Result:
     flops = model_flops(config, padded_work(config, config.train.global_batch_rows))
     losses = [terms["pixel"] for terms in lines[-1]["eval_loss"].values()]
     return {
-        "arm": arm, "seed": seed, "steps": config.train.num_steps,
         "parameters": parameter_counts(config.model, config.objective)["pixel_decoder"],
         "pixel_decoder_gflop": flops["pixel_decoder"] / 1e9, "total_gflop": flops["total"] / 1e9,
         "step_time_s": statistics.median(line["step_time_s"] for line in lines),

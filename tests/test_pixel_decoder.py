@@ -167,7 +167,14 @@ def test_choices_are_trained_drawn_and_read(tiny_experiment, tmp_path, monkeypat
         return dataclasses.replace(base, model=model, seed=seed)
 
     monkeypatch.setattr(renderer_choices, "make_config", make_config)
-    flags = [f"--workdir={tmp_path}", "--seeds=1", "--scenes=4", "--guidance=1.0", "--arms=cross_attention"]
+    flags = [
+        f"--workdir={tmp_path}",
+        "--steps=1",
+        "--seeds=1",
+        "--scenes=4",
+        "--guidance=1.0",
+        "--arms=cross_attention",
+    ]
     assert renderer_choices.main(flags) == 0
     (result,) = json.loads((tmp_path / "choices.json").read_text())
     assert (result["arm"], result["seed"], result["steps"]) == ("cross_attention", 0, 1)

@@ -153,6 +153,7 @@ class _Block(nnx.Module):
         query, key, value = (linear(normed).reshape(heads) for linear in (self.query, self.key, self.value))
         x = x + gate * self.attention_out(attention(query, key, value))
         if self.cross_attention is not None:
+            assert tokens is not None
             x = x + self.cross_attention(_normalised(x), tokens)
         return x + mlp_gate * self.mlp(_modulated(x, mlp_shift, mlp_scale))
 
