@@ -80,6 +80,8 @@ def get_config(arg: str = "") -> ConfigDict:
                     "condition_dropout": 0.1,
                     "condition_noise": 0.2,
                     "predicted_share": 0.25,
+                    "conditioning": "adaptive_norm",
+                    "rollout_passes": 0,  # nine tokens showed no cumulative error, and a pass costs a forward pass
                 },
                 "visual_branch": {"split_layer": 0},
                 "compute_dtype": "float32",

@@ -9,10 +9,12 @@ All of RUN stays as it is, to the bit; the pixel decoder alone learns, from its 
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments import base, quickstart
+from unihetero_jax.checkpoint import CheckpointError, read_metadata, valid_step
 
 KEPT = ("encoder", "projector", "decoder", "semantic_head")
 
@@ -21,10 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     """The renderer of a run; the argument is its workdir. Without one, the model of the quickstart at random."""
     config = quickstart.get_config()
     if arg:
-        stored = Path(arg) / "config.json"
-        if not stored.is_file():
-            raise ValueError(f"{arg}: no workdir of a run (no config.json)")
-        values = json.loads(stored.read_text())
+        values = _stored_config(Path(arg))
         new = base.get_config()
         for section in ("model", "data", "scene_world", "loss"):
             config[section] = ConfigDict({**new[section].to_dict(), **values[section]})
@@ -35,3 +34,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.eval.benchmarks = ConfigDict()
     config.train.num_steps = 1500
     return config
+
+
+def _stored_config(workdir: Path) -> dict[str, Any]:
+    """Of a run, or of an export, which has its newest step's alone."""
+    path = workdir / "config.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    try:
+        return read_metadata(valid_step(workdir, None))["config"]
+    except CheckpointError as error:
+        raise ValueError(f"{workdir}: no workdir of a run (no config.json, no complete checkpoint)") from error

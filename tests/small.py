@@ -101,3 +101,22 @@ def forward(objective="semantic_input"):
     """The jitted model: (params, batch) -> ModelOutput."""
     config = make_tiny_config(objective=objective)
     return jax.jit(lambda params, batch: unihetero.build(config.model, objective, params)(batch))
+
+
+PIXEL_SIZES = {
+    f"model__pixel_decoder__{name}": value
+    for name, value in {"num_layers": 2, "dim": 16, "num_heads": 2, "mlp_dim": 16}.items()
+}
+"""A pixel decoder that compiles in a second."""
+
+
+def pixel_config(objective, **changes):
+    """The tiny configuration with a tiny pixel decoder."""
+    return make_tiny_config(objective=objective, **(PIXEL_SIZES | changes))
+
+
+def perturbed(config, seed=0):
+    """Initial parameters with noise, of any configuration."""
+    params = jax.jit(lambda: unihetero.init_params(config.model, config.objective, seed))()
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), params)

@@ -153,7 +153,7 @@ def test_padded_work_is_that_of_full_rows():
         {},
         {
             "decoder.qkv_bias": True, "decoder.qk_norm": False, "decoder.tied_embeddings": False,
-            "semantic_head.standardise_targets": True,
+            "semantic_head.standardise_targets": True, "pixel_decoder.conditioning": "cross_attention",
         },
     ],
 )  # fmt: skip
@@ -277,6 +277,34 @@ def test_flops_of_connectors_are_those_of_the_traced_products(kind, frozen):
     cross = 2 * 256**2 if kind == "cross_attention" else 0
     work = dataclasses.replace(full, token_pairs=2 * 256**2, patch_pairs=2 * 256**2, cross_pairs=cross)
     assert model_flops(config, work)["total"] == pytest.approx(traced_step(config), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("objective", "switches"),
+    [
+        ("unihetero", {"model.pixel_decoder.conditioning": "cross_attention"}),
+        ("pixel_through", {"model.pixel_decoder.conditioning": "cross_attention"}),
+        ("pixel_detached", {"model.pixel_decoder.conditioning": "cross_attention"}),
+        ("unihetero", {"model.pixel_decoder.rollout_passes": 5}),
+        ("unihetero", {"model.pixel_decoder.rollout_passes": 5, "model.visual_branch.split_layer": 1}),
+        (
+            "unihetero",
+            {
+                "model.pixel_decoder.rollout_passes": 3, "model.pixel_decoder.conditioning": "cross_attention",
+                "optimizer.frozen": ("encoder", "projector", "decoder", "semantic_head"),
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_flops_of_a_pixel_decoder_are_those_of_the_traced_products(objective, switches):
+    """A pass is a forward pass of the language model; dense attention of blocks computes all pairs of a row."""
+    config = make_config(**SMALL_STEP, objective=objective, **switches)
+    work = dataclasses.replace(padded_work(config, 2), token_pairs=2 * 256**2, patch_pairs=2 * 256**2)
+    counted, pixels = model_flops(config, work)["total"], config.model.pixel_decoder
+    if objective != "unihetero":
+        pairs_hidden = 2 * (256**2 - 4 * 256)
+        counted += 3 * 4 * (pairs_hidden + pairs_hidden / 4) * pixels.dim * pixels.num_layers
+    assert counted == pytest.approx(traced_step(config), rel=0.02)
 
 
 @pytest.mark.parametrize(("remat", "frozen"), [("dots", ()), ("full", ()), ("full", ("encoder",))])

@@ -35,6 +35,20 @@ def test_the_table_holds(tmp_path, objective, changes):
         assert (norms[loss]["projector"] > 0) == (through_inputs and not config.loss.cut_input_gradient)
 
 
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [
+        ("pixel_through", {}), ("pixel_detached", {}), ("unihetero", {}),
+        ("unihetero", {"model__pixel_decoder__rollout_passes": 2, "model__visual_branch__split_layer": 1}),
+    ],
+)  # fmt: skip
+def test_the_table_holds_for_a_decoder_that_cross_attends(tmp_path, objective, changes):
+    config = make_tiny_config(objective=objective, model__pixel_decoder__conditioning="cross_attention", **changes)
+    norms = gradient_table.prove(config, step.loss_terms, tmp_path, report=lambda _: None)
+    assert norms["pixel"]["pixel_decoder"] > 0
+    assert (norms["pixel"]["decoder"] > 0) == (objective == "pixel_through")
+
+
 def test_a_proof_is_kept_for_its_configuration_only(tmp_path):
     config = make_tiny_config()
     gradient_table.prove(config, step.loss_terms, tmp_path, report=lambda _: None)

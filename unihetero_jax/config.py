@@ -42,6 +42,8 @@ Component = Literal["encoder", "projector", "decoder", "visual_branch", "semanti
 Remat = Literal["none", "dots", "full"]
 Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "dense", "jax_nn", "splash"]
+Conditioning = Literal["adaptive_norm", "cross_attention"]
+"""How conditions reach the patches that a pixel decoder draws."""
 Turns = Literal["branches", "repeated_prefix"]
 """How independent turns of a sample lie in a row: as branches after one prefix, or each with the prefix repeated."""
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)
@@ -204,6 +206,12 @@ class PixelDecoderConfig:
             each image; it has to draw from rolled-out embeddings, which are not exact.
         predicted_share: of the renderer: share of drawn images whose condition is what the Generation Head predicts of
             them under teacher forcing, in place of the true embeddings (regression heads).
+        conditioning: `adaptive_norm`: a token's condition shifts, scales and gates its own four patches (DiT,
+            arXiv 2212.09748); `cross_attention`: every patch attends to all tokens of its image (of its block, as an
+            objective), and norms follow the time alone.
+        rollout_passes: of the renderer: forward passes in which drawn images are read as the Generation Head predicted
+            them, before `predicted_share` takes its predictions: after n passes the first n + 1 embeddings of an image
+            are those of a free rollout. 0: teacher forcing.
     """
 
     num_layers: int = 4
@@ -213,6 +221,8 @@ class PixelDecoderConfig:
     condition_dropout: float = 0.1
     condition_noise: float = 0.2
     predicted_share: float = 0.25
+    conditioning: Conditioning = "adaptive_norm"
+    rollout_passes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -821,6 +831,10 @@ def _head_rules(model: ModelConfig) -> list[tuple[bool, str]]:
             pixels.condition_noise >= 0 and 0 <= pixels.predicted_share <= 1,
             "model.pixel_decoder.condition_noise must not be negative, predicted_share must lie in [0, 1]",
         ),
+        (
+            pixels.rollout_passes >= 0,
+            f"model.pixel_decoder.rollout_passes {pixels.rollout_passes} must not be negative (0: teacher forcing)",
+        ),
     ]
 
 
@@ -831,6 +845,11 @@ def _connector_rules(model: ModelConfig) -> list[tuple[bool, str]]:
             not has_queries(model) or model.encoder.dim % max(projector.num_heads, 1) == 0,
             f"model.encoder.dim {model.encoder.dim} is the width of the {projector.kind}'s queries: it must be a "
             f"multiple of model.projector.num_heads {projector.num_heads}",
+        ),
+        (
+            not has_cross_attention(model) or not model.pixel_decoder.rollout_passes,
+            "model.projector.kind=cross_attention reads images across, which model.pixel_decoder.rollout_passes does "
+            "not do again: set it to 0",
         ),
         (
             not has_cross_attention(model) or not model.visual_branch.split_layer,
@@ -1075,6 +1094,7 @@ def _objective_rules(config: Config) -> list[tuple[bool, str]]:
             not head.standardise_targets or loss.target_norm == "none",
             "model.semantic_head.standardise_targets normalises already; set loss.target_norm=none",
         ),
+        *_rollout_pass_rules(config),
         (
             not config.eval.rollout_source or not predicts or rolls_out(config),
             f"objective={objective} with model.projector.kind={config.model.projector.kind} predicts what cannot "
@@ -1095,6 +1115,32 @@ def _objective_rules(config: Config) -> list[tuple[bool, str]]:
             not config.eval.rollout_source or visual_target(objective) != "patch" or loss.visual_loss != "cosine",
             "loss.visual_loss=cosine leaves the length of a patch embedding open, which a rollout has to read; set "
             "loss.visual_loss to mse or smooth_l1, or eval.rollout_source= (empty)",
+        ),
+    ]
+
+
+def _rollout_pass_rules(config: Config) -> list[tuple[bool, str]]:
+    pixels, loss, name = config.model.pixel_decoder, config.loss, "model.pixel_decoder.rollout_passes"
+    is_off, off = pixels.rollout_passes <= 0, f"set {name}=0"
+    return [
+        (
+            is_off or pixel_role(config.objective) == "renderer",
+            f"{name}: objective={config.objective} has no renderer to draw from rolled-out embeddings; {off}, or "
+            "objective=unihetero",
+        ),
+        (
+            is_off or config.model.semantic_head.kind == "regression",
+            f"{name}: conditions are predictions of a regression head; {off}, or model.semantic_head.kind=regression",
+        ),
+        (
+            is_off or (loss.target_shift == 1 and loss.target_norm != "layer_norm"),
+            f"{name} feeds predictions back: they must be of the next embedding (loss.target_shift=1) and have their "
+            f"mean (loss.target_norm none or l2); {off} otherwise",
+        ),
+        (
+            is_off or pixels.predicted_share > 0,
+            f"{name}: with model.pixel_decoder.predicted_share=0 no image takes them as its condition; {off}, or raise "
+            "the share",
         ),
     ]
 

@@ -185,13 +185,16 @@ def model_flops(config: Config, work: Work) -> dict[str, float]:
         flops["visual_branch"] = _step(share * decoder_dense, trains["visual_branch"], below_branch)
         flops["visual_branch"] += _step_attention(share * decoder_attention, below_visual)
     target = visual_target(config.objective)
+    head = 2 * work.tokens * _semantic_head_weights(model, config.objective) if target else 0
     if target:
-        head = 2 * work.tokens * _semantic_head_weights(model, config.objective)
         flops["semantic_head"] = _step(head, trains["semantic_head"], below_visual)
     if pixel_role(config.objective):
         drawn = _pixel_decoder_flops(config, work)
         below_pixels = below_visual and pixel_role(config.objective) == "through"
         flops["pixel_decoder"] = _step(drawn, trains["pixel_decoder"], below_pixels)
+        # A pass reads the rows again, by the layers that predict images, and predicts; forward alone.
+        if passes := model.pixel_decoder.rollout_passes:
+            flops["pixel_decoder"] += passes * (decoder_dense + decoder_attention + head)
     has_average = config.loss.target == "ema"
     # A frozen component equals its own average: the online output serves, unless its input differs.
     if target == "random" or (target in ("input", "encoder") and has_average and trains["encoder"]):
@@ -342,27 +345,38 @@ def _pixel_decoder_flops(config: Config, work: Work) -> float:
     if pixel_role(config.objective) == "renderer":
         causal = config.model.encoder.attention == "causal"
         pairs = 2 * work.patch_pairs - MERGED_PATCHES * work.patches if causal else work.patch_pairs
+    if decoder.conditioning == "cross_attention":  # a patch reads a quarter as many tokens as patches
+        pairs += pairs / MERGED_PATCHES
     attention = 4 * pairs * decoder.dim * decoder.num_layers
     return control + 2 * work.patches * _pixel_decoder_weights(config.model) + attention
 
 
 def _pixel_decoder_weights(model: ModelConfig) -> int:
-    """Weights that every patch is multiplied with: patch in and out, attention and MLP of the blocks."""
+    """Weights that every patch is multiplied with: patch in and out, attention and MLP of the blocks; of
+    cross-attention, query and output.
+    """
     dim, mlp_dim = model.pixel_decoder.dim, model.pixel_decoder.mlp_dim
-    return 2 * patch_values(model.encoder) * dim + model.pixel_decoder.num_layers * (4 * dim**2 + 2 * dim * mlp_dim)
+    block = (4 + 2 * _reads_tokens(model)) * dim**2 + 2 * dim * mlp_dim
+    return 2 * patch_values(model.encoder) * dim + model.pixel_decoder.num_layers * block
 
 
 def _pixel_control_weights(model: ModelConfig) -> int:
-    """Weights that every visual token is multiplied with: condition, time and the norms' modulations."""
-    dim = model.pixel_decoder.dim
-    return model.decoder.dim * dim + 2 * dim**2 + (6 * model.pixel_decoder.num_layers + 2) * dim**2
+    """Weights that every visual token is multiplied with: condition, time and the norms' modulations; of
+    cross-attention, key and value.
+    """
+    dim, block = model.pixel_decoder.dim, 6 + 2 * _reads_tokens(model)
+    return model.decoder.dim * dim + 2 * dim**2 + (block * model.pixel_decoder.num_layers + 2) * dim**2
+
+
+def _reads_tokens(model: ModelConfig) -> bool:
+    return model.pixel_decoder.conditioning == "cross_attention"
 
 
 def _pixel_decoder_parameters(model: ModelConfig) -> int:
     decoder, values = model.pixel_decoder, patch_values(model.encoder)
     conditions = _pixel_control_weights(model) + 2 * decoder.dim
     biases = decoder.dim + values + 2 * decoder.dim + 2 * decoder.dim
-    block_biases = 6 * decoder.dim + 4 * decoder.dim + decoder.mlp_dim + decoder.dim
+    block_biases = 6 * decoder.dim + 4 * (1 + _reads_tokens(model)) * decoder.dim + decoder.mlp_dim + decoder.dim
     return _pixel_decoder_weights(model) + conditions + biases + decoder.num_layers * block_biases
 
 

@@ -57,8 +57,9 @@ def loss_terms(
     if pixel_role(config.objective):
         predicted = None
         if pixel_role(config.objective) == "renderer" and config.model.semantic_head.kind == "regression":
-            no_noise = jax.random.key(0)  # a regression head takes none
-            predicted = model.predict_embedding(output.visual_hidden, no_noise)
+            fixed = unihetero.build(config.model, config.objective, jax.lax.stop_gradient(params))
+            passes = config.model.pixel_decoder.rollout_passes
+            predicted = fixed.reread_predictions(batch, jax.lax.stop_gradient(output), passes)
         flow, condition, is_conditioned = pixel_flow(config, output, batch, predicted)
         velocity = model.pixel_velocity(batch.patch_segment_ids, batch.patch_coords, flow, condition, is_conditioned)
         flows["pixel"] = flow, velocity

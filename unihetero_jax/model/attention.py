@@ -58,6 +58,21 @@ def encoder_mask(patch_segment_ids: Int[Array, "B P"], causal: bool) -> Bool[Arr
     return mask
 
 
+@typechecked
+def token_mask(patch_segment_ids: Int[Array, "B P"]) -> Bool[Array, "B P U"]:
+    """From patches to the visual tokens of their own segment; four adjacent patches are a token.
+
+    An image of two tokens, one of one, and padding of one:
+
+        tokens           1 1 2 0
+        patches 0 to 7   x x . .
+               8 to 11   . . x .
+              12 to 15   . . . .
+    """
+    token_ids = patch_segment_ids[:, ::4]
+    return (patch_segment_ids[:, :, None] == token_ids[:, None, :]) & (patch_segment_ids[:, :, None] > 0)
+
+
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig) -> np.ndarray:
     """Rotary frequencies, float32[head_dim / 2], in radians per position.
 

@@ -136,7 +136,7 @@ class UniHetero(nnx.Module):
         longest = MERGED_PATCHES * self.config.decoder.max_grid
         attention = encoder_attention(self.config.attention_backend, segments, False, longest)
         noisy = constrain(flow.noisy.astype(self.dtype), "batch", "replicated", "replicated")
-        return self.pixel_decoder(noisy, flow.tau, condition, is_conditioned, patch_coords, attention)
+        return self.pixel_decoder(noisy, flow.tau, condition, is_conditioned, patch_coords, segments, attention)
 
     @typechecked
     def see(self, batch: Batch) -> VisionOutput:
@@ -275,6 +275,37 @@ class UniHetero(nnx.Module):
         if visual_target(self.objective) == "encoder":
             return self.projector.of_blocks(self.encoder.rescale_merged(predicted))
         return self.projector.rescale(predicted)
+
+    @typechecked
+    def reread_predictions(self, batch: Batch, output: ModelOutput, num_passes: int) -> Float[Array, "B T D"]:
+        """The input embedding expected next at every position, when drawn images are read as they are expected.
+
+        Images that carry the visual loss are fed what the passes before predicted of them, all positions of a row at
+        once (Jacobi iteration; our choice: it needs no cache and takes packed rows as they are). Every pass makes one
+        embedding more exact: after n the first n + 1 of a sample's drawn image are those of a free rollout (of several
+        such images, the first n + 1 of all of them).
+
+        Args:
+            batch: packed rows.
+            output: of them, true images in place.
+            num_passes: n; 0 predicts from true images (teacher forcing).
+        """
+        attention = decoder_attention(self.config.attention_backend, batch.segment_ids, batch.branch_ids)
+        no_noise = jax.random.key(0)  # a regression head takes none
+
+        def read_again(_: jax.Array, predicted: jax.Array) -> jax.Array:
+            fed = jnp.roll(predicted, 1, axis=1).astype(self.dtype)
+            x = jnp.where(batch.visual_loss_mask[..., None], fed, output.input_embeddings)
+            x = constrain(x, "batch", "sequence", "replicated")
+            if self.visual_branch is None:
+                visual = self.decoder(x, batch.positions, attention)
+            else:
+                shared = self.decoder.below(x, self.visual_branch.split, batch.positions, attention)
+                visual = self.visual_branch(shared, batch.positions, attention)
+            return self.predict_embedding(constrain(visual, "batch", "sequence", "replicated"), no_noise)
+
+        first = self.predict_embedding(output.visual_hidden, no_noise)
+        return jax.lax.fori_loop(0, num_passes, read_again, first) if num_passes else first
 
     @property
     def dtype(self) -> jnp.dtype:
