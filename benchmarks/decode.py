@@ -59,7 +59,7 @@ def write_images(folder: Path, count: int) -> None:
 def our_samples(folder: Path, threads: int) -> Callable[[int], float]:
     """Seconds for a number of calls, each of `SAMPLES_PER_CALL` samples from our loader."""
     from experiments import base
-    from unihetero_jax.config import from_config_dict
+    from unihetero_jax.config_reading import from_config_dict
     from unihetero_jax.data.mixture import make_train_iterator
     from unihetero_jax.data.tokenizer import load_tokenizer
 

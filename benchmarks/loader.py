@@ -23,7 +23,8 @@ from PIL import Image
 
 from benchmarks.results_file import describe_run, write_results
 from experiments import base
-from unihetero_jax.config import Config, from_config_dict
+from unihetero_jax.config import Config
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data import mixture, records
 from unihetero_jax.data.records import ImageSegment, Record, TextSegment
 from unihetero_jax.data.schedule import Member, MixtureSchedule

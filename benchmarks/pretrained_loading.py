@@ -92,7 +92,7 @@ def load_by_import(folder: Path) -> Load:
     from flax import nnx
 
     from experiments import base
-    from unihetero_jax.config import from_config_dict
+    from unihetero_jax.config_reading import from_config_dict
     from unihetero_jax.hf_weights import language_table, load_parameters, open_source
     from unihetero_jax.model.unihetero import abstract_model
     from unihetero_jax.pretrained import read_pretrained

@@ -22,7 +22,8 @@ from benchmarks.interleave import REJECT_ABOVE, Timing, Worker, interleaved, ser
 from benchmarks.results_file import describe_run, write_results
 from experiments import base
 from unihetero_jax import flops
-from unihetero_jax.config import Config, from_config_dict
+from unihetero_jax.config import Config
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.packing import ImagePiece, PackedSample, TokenPiece, assemble_row, stack_rows
 
 ROW_TOKENS, IMAGE_SIDE, PATCH, NUM_IMAGES = 512, 256, 16, 2

@@ -28,7 +28,8 @@ from experiments import quickstart
 from experiments.scene_drawings import fidelity_table, predicted_embeddings, scene_bank, unseen_scenes
 from unihetero_jax.checkpoint import Checkpointer
 from unihetero_jax.cli import run_training
-from unihetero_jax.config import Config, from_config_dict, rolls_out
+from unihetero_jax.config import Config, rolls_out
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.question_files import StoredImage
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import Item

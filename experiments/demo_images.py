@@ -33,7 +33,7 @@ from experiments.scene_drawings import (
 )
 from unihetero_jax.checkpoint import list_steps
 from unihetero_jax.cli import run_training
-from unihetero_jax.config import from_config_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.evaluation.drawings import BlockBank, default_grid, draw_from_texts, reconstruct, seen_images
 from unihetero_jax.evaluation.sheet import draw_pictures
 from unihetero_jax.loaded_run import Run, load_run

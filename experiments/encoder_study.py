@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from experiments import quickstart, scene_judge
 from unihetero_jax.cli import run_training
-from unihetero_jax.config import from_config_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.train import Interrupted
 

@@ -25,7 +25,8 @@ from data_pipelines.scenes import encode_png
 from experiments import renderer
 from experiments.scene_drawings import UnseenScenes, batches, predicted_embeddings, unseen_scenes
 from unihetero_jax.cli import run_training
-from unihetero_jax.config import MERGED_PATCHES, Config, from_config_dict
+from unihetero_jax.config import MERGED_PATCHES, Config
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.evaluation.drawings import seen_images
 from unihetero_jax.flops import model_flops, padded_work, parameter_counts
 from unihetero_jax.inference.draw import draw_images

@@ -25,7 +25,8 @@ os.environ["XLA_FLAGS"] = " ".join([
 import pytest  # noqa: E402
 
 from experiments import base  # noqa: E402
-from unihetero_jax.config import Config, from_config_dict  # noqa: E402
+from unihetero_jax.config import Config  # noqa: E402
+from unihetero_jax.config_reading import from_config_dict  # noqa: E402
 
 TINY = {
     "model.encoder.num_layers": 2, "model.encoder.dim": 16, "model.encoder.num_heads": 2, "model.encoder.mlp_dim": 32,

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from unihetero_jax.config import from_config_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.mixture import make_train_iterator, merge_positions
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.sharding import local_rows, make_mesh, to_global

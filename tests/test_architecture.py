@@ -17,6 +17,8 @@ SOURCE_FOLDERS = (PACKAGE, "experiments", "data_pipelines", "benchmarks")
 
 LAYERS: list[set[str]] = [
     {"arrays", "config", "storage", "hlo", "text_table", "html_page", "safetensors_files"},
+    {"config_rules"},
+    {"config_reading"},
     {
         "sharding", "optim", "flops", "data.records", "data.tokenizer", "data.question_files", "data.schedule",
         "data.open_questions", "data.labelled_images",
@@ -39,7 +41,7 @@ LAYERS: list[set[str]] = [
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 44
+MAX_CLOSURE_MODULES = 46
 MAX_CLOSURE_LINES = 12_500
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
@@ -150,8 +152,8 @@ def package_graph() -> dict[str, set[str]]:
 
 def test_layer_rule_itself():
     assert layer_faults({"config": set(), "optim": {"config"}, "train": {"optim"}}) == []
-    assert layer_faults({"config": {"optim"}, "optim": set()}) == ["config (L0) imports upwards: optim (L1)"]
-    assert layer_faults({"state": {"metrics"}, "metrics": set()}) == ["state imports its sibling metrics of L2"]
+    assert layer_faults({"config": {"optim"}, "optim": set()}) == ["config (L0) imports upwards: optim (L3)"]
+    assert layer_faults({"state": {"metrics"}, "metrics": set()}) == ["state imports its sibling metrics of L4"]
     assert layer_faults({"model.decoder": {"model.layers"}, "model.layers": set()}) == []
     assert layer_faults({"model.decoder": {"model.layers"}, "model.layers": {"model.decoder"}}) == [
         "model.decoder: part of an import cycle",
@@ -159,9 +161,9 @@ def test_layer_rule_itself():
     ]
     assert layer_faults({"novelty": set()}) == ["novelty: has no place in LAYERS"]
     assert (
-        layer_of("evaluation.runner") == 5
-        and layer_of("inference.sampling") == 2
-        and layer_of("inference.generate") == 4
+        layer_of("evaluation.runner") == 7
+        and layer_of("inference.sampling") == 4
+        and layer_of("inference.generate") == 6
     )
 
 

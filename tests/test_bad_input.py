@@ -17,7 +17,8 @@ from PIL import Image
 
 from data_pipelines.writer import read_records, write_prepared
 from experiments import base
-from unihetero_jax.config import ConfigError, from_config_dict
+from unihetero_jax.config import ConfigError
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data import records
 from unihetero_jax.data.mixture import make_train_iterator
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, RecordError, TextSegment

@@ -20,7 +20,7 @@ from tests.fork_server import ForkServer
 from tests.test_mixture import WORDS, make_records, write_source
 from unihetero_jax import storage
 from unihetero_jax.checkpoint import Checkpointer, list_steps
-from unihetero_jax.config import from_config_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data import shards
 from unihetero_jax.data.mixture import make_train_iterator
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer

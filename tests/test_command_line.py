@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from unihetero_jax import config as config_lib
+from unihetero_jax import config_reading as config_lib
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
 from unihetero_jax.config import ConfigError, Objective
 

@@ -9,7 +9,7 @@ from small import mixed_batch
 from experiments import pretrain
 from unihetero_jax import compile_ahead, hlo
 from unihetero_jax.cli import main
-from unihetero_jax.config import from_config_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.roofline import expected_traffic, memory_estimate, network_seconds
 from unihetero_jax.sharding import make_mesh
 from unihetero_jax.topology import CHIPS, parse_topology

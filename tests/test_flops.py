@@ -13,7 +13,8 @@ from jax.interpreters import partial_eval as pe
 
 from experiments.base import get_config
 from unihetero_jax.compile_ahead import abstract_batch
-from unihetero_jax.config import Objective, from_config_dict
+from unihetero_jax.config import Objective
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.flops import (
     Work,
     count_work,

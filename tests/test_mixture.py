@@ -16,7 +16,7 @@ from PIL import Image
 from data_pipelines import index as index_command
 from data_pipelines.writer import build_index
 from experiments import base
-from unihetero_jax.config import from_config_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data import mixture, records
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment
 from unihetero_jax.data.schedule import Member, MixtureSchedule, epoch_records

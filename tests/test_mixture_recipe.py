@@ -17,7 +17,7 @@ from data_pipelines import convert
 from experiments import base, pretrain_200m
 from experiments.mixtures import public_200m
 from experiments.mixtures.public_200m import SOURCES
-from unihetero_jax.config import from_config_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.records import ImageSegment, ImageSpec, Record, TextSegment, record_cost
 from unihetero_jax.flops import parameter_counts
 

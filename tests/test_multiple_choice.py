@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from experiments import base
-from unihetero_jax.config import Config, from_config_dict
+from unihetero_jax.config import Config
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import assemble_row, sample_from_record, stack_rows
 from unihetero_jax.data.question_files import StoredImage

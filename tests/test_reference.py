@@ -12,7 +12,7 @@ from data_pipelines.scene_world import CAPTION_PROMPT, generation_record
 from data_pipelines.scenes import COLORS, LOCATIONS, SHAPES, encode_png, make_scene, render
 from experiments import quickstart
 from unihetero_jax.cli import run_training
-from unihetero_jax.config import from_config_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import sample_from_record
 from unihetero_jax.evaluation.benchmarks import read_benchmark

@@ -20,7 +20,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from unihetero_jax.config import Config, ConfigError, from_config_dict
+from unihetero_jax.config import Config, ConfigError
+from unihetero_jax.config_reading import from_config_dict
 
 OVERRIDE_PREFIX = "--config."
 

@@ -20,7 +20,8 @@ import numpy as np
 from etils import epath
 
 from unihetero_jax.checkpoint import read_metadata, valid_step
-from unihetero_jax.config import Config, from_config_dict
+from unihetero_jax.config import Config
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.export import MAX_FILE_BYTES, StoredArray, choose_arrays, tokenizer_files, write_weights
 from unihetero_jax.hf_config import (
     LANGUAGE_CLASSES,

@@ -18,7 +18,7 @@ from unihetero_jax.checkpoint import (
     restore_subtree,
     steps_to_keep,
 )
-from unihetero_jax.config import differences
+from unihetero_jax.config_reading import differences
 from unihetero_jax.integrity import MANIFEST, read_manifest, verify
 from unihetero_jax.storage import file_exists, list_folder, read_bytes
 from unihetero_jax.text_table import align

@@ -12,7 +12,8 @@ from flax import nnx
 
 from experiments import base
 from unihetero_jax.arrays import Batch
-from unihetero_jax.config import Config, from_config_dict
+from unihetero_jax.config import Config
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.packing import ImagePiece, PackedSample, TokenPiece, assemble_row, stack_rows
 from unihetero_jax.hf_weights import leaf_of, their_values
 from unihetero_jax.inference.generate import decode

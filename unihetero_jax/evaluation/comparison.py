@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from unihetero_jax.config import differences, pixel_role, visual_target
+from unihetero_jax.config import pixel_role, visual_target
+from unihetero_jax.config_reading import differences
 from unihetero_jax.storage import file_exists, list_folder, read_bytes, to_path
 from unihetero_jax.text_table import align
 
