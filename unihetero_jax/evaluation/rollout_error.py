@@ -223,8 +223,8 @@ def _name(fraction: float) -> str:
 
 def _fit_map(inputs: np.ndarray, outputs: np.ndarray) -> LinearMap:
     """The ridge regression from embeddings [images, N, d] to the judge's features, one for all positions."""
-    flat = (values.reshape(-1, values.shape[-1]) for values in (inputs, outputs))
-    return best_ridge(*flat, lambda guess, wanted: float(((guess - wanted) ** 2).mean()))
+    x, y = (values.reshape(-1, values.shape[-1]) for values in (inputs, outputs))
+    return best_ridge(x, y, lambda guess, wanted: float(((guess - wanted) ** 2).mean()))
 
 
 def summarise(errors: Mapping[str, np.ndarray], variance: np.ndarray) -> dict[str, Any]:

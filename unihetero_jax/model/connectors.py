@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from unihetero_jax.arrays import NOT_VISUAL, VisualCache, typechecked
-from unihetero_jax.config import MERGED_PATCHES, DecoderConfig, ModelConfig
+from unihetero_jax.config import MERGED_PATCHES, DecoderConfig, ModelConfig, Remat
 from unihetero_jax.model.attention import attend, decoder_mask
 from unihetero_jax.model.layers import (
     MLP,
@@ -42,7 +42,7 @@ class QueryConnector(nnx.Module):
 
     def __init__(self, config: ModelConfig, keys: ParamKeys):
         self.is_causal = config.encoder.attention == "causal"
-        self.remat = config.encoder.remat
+        self.remat: Remat = config.encoder.remat
         width, side = config.encoder.dim, config.decoder.max_grid
         normal, axes = nnx.initializers.normal(_QUERY_SCALE), ("replicated", "vision_embed")
         self.row = parameter(keys, "row", (side, width), normal, axes)
@@ -226,7 +226,7 @@ def complete_image_mask(
 class CrossReader:
     """The gated layers over whole rows, ready for the decoder to call one before each of its layers."""
 
-    def __init__(self, layers: nnx.Module, embeddings: jax.Array, index: jax.Array, mask: jax.Array):
+    def __init__(self, layers: GatedCrossAttention, embeddings: jax.Array, index: jax.Array, mask: jax.Array):
         """`embeddings` [B, U, D] of all visual tokens, `index` [B, T] which one stands at a position, `mask` [B, T, T]
         from `complete_image_mask`.
         """
@@ -235,9 +235,9 @@ class CrossReader:
 
     def __call__(self, layer: Any, x: jax.Array) -> jax.Array:
         """Applies one of `layers`, which the decoder scans beside its own."""
-        gated: GatedCrossAttention = nnx.merge(self._graphdef, layer)
-        at_position = (jnp.take_along_axis(one, self._index, axis=1) for one in gated.read(self._embeddings))
-        return gated(x, *at_position, self._mask)
+        gated = nnx.merge(self._graphdef, layer)
+        keys, values = (jnp.take_along_axis(one, self._index, axis=1) for one in gated.read(self._embeddings))
+        return gated(x, keys, values, self._mask)
 
 
 class CachedCrossReader:
@@ -245,7 +245,7 @@ class CachedCrossReader:
 
     def __init__(
         self,
-        layers: nnx.Module,
+        layers: GatedCrossAttention,
         embeddings: jax.Array,
         positions: jax.Array,
         visual_mask: jax.Array,
@@ -264,11 +264,11 @@ class CachedCrossReader:
 
     def __call__(self, layer: Any, x: jax.Array, slots: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Any]:
         """Applies one of `layers` with its part of `slots`; returns these with the new positions in them."""
-        gated: GatedCrossAttention = nnx.merge(self._graphdef, layer)
+        gated = nnx.merge(self._graphdef, layer)
         slots = jax.tree.map(
             lambda kept, new: kept.at[self._rows, self._positions].set(new), slots, gated.read(self._embeddings)
         )
-        return gated(x, *slots, self._mask), slots
+        return gated(x, slots[0], slots[1], self._mask), slots
 
     def cache_with(self, slots: tuple[jax.Array, jax.Array], length: jax.Array) -> VisualCache:
         """The cache after the new positions, of which `length` are no padding, int32[B]."""

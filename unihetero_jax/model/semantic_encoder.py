@@ -55,7 +55,7 @@ class Projector(nnx.Module):
         return direction / ((unit * unit).mean(axis=-1, keepdims=True) + self.norm.eps) ** 0.5
 
 
-def _gated_layers(config: ModelConfig, keys: ParamKeys) -> nnx.Module:
+def _gated_layers(config: ModelConfig, keys: ParamKeys) -> GatedCrossAttention:
     return stack_layers(lambda k: GatedCrossAttention(config.decoder, k), config.decoder.num_layers, keys)
 
 
