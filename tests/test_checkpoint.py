@@ -28,7 +28,8 @@ from unihetero_jax.checkpoint import (
     list_steps,
     restore_subtree,
 )
-from unihetero_jax.config_reading import from_config_dict, to_dict
+from unihetero_jax.config import to_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.integrity import verify
 from unihetero_jax.storage import to_path
 

@@ -6,7 +6,8 @@ import pytest
 
 from experiments import quickstart
 from unihetero_jax import gradient_table
-from unihetero_jax.config_reading import config_hash, from_config_dict
+from unihetero_jax.config import config_hash
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.train import train
 

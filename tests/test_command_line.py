@@ -6,15 +6,14 @@ import typing
 
 import pytest
 
-from unihetero_jax import config_reading as config_lib
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
-from unihetero_jax.config import ConfigError, Objective
+from unihetero_jax.config import ConfigError, Objective, to_dict
 
 
 @pytest.fixture
 def experiment(tmp_path, tiny_config):
     """A file whose get_config returns the tiny configuration, its argument as the number of steps."""
-    values = config_lib.to_dict(tiny_config())
+    values = to_dict(tiny_config())
     path = tmp_path / "small.py"
     path.write_text(
         "import json\n"
@@ -112,7 +111,7 @@ def test_fractions_are_not_rounded_into_integers(experiment):
 
 
 def test_stored_config_takes_overrides_and_stays_as_it_is(tiny_config):
-    stored = config_lib.to_dict(tiny_config())
+    stored = to_dict(tiny_config())
     before = json.dumps(stored)
     assert with_overrides(stored, ["eval.batch_rows=8"]).eval.batch_rows == 8
     assert json.dumps(stored) == before

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_tiny_config
 
 from unihetero_jax.cli import main
-from unihetero_jax.config_reading import to_dict
+from unihetero_jax.config import to_dict
 from unihetero_jax.evaluation import comparison
 from unihetero_jax.evaluation.comparison import compare_hits, compare_runs, unlike_settings
 

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from unihetero_jax import config_reading as config_lib
 from unihetero_jax.command_line import load_experiment
-from unihetero_jax.config import Config, ConfigError
-from unihetero_jax.config_reading import config_hash, differences, from_config_dict, to_dict
+from unihetero_jax.config import Config, ConfigError, config_hash, to_dict
+from unihetero_jax.config_reading import differences, from_config_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden_configs"
@@ -185,7 +185,8 @@ def test_hash_names_the_values_and_nothing_else(values):
     changed["optimizer"]["eps"] *= 2
     assert config_hash(from_config_dict(changed)) != config_hash(config)
     script = (
-        "import json, sys; from unihetero_jax.config_reading import config_hash, from_config_dict;"
+        "import json, sys; from unihetero_jax.config import config_hash; "
+        "from unihetero_jax.config_reading import from_config_dict;"
         "print(config_hash(from_config_dict(json.load(sys.stdin))))"
     )
     other = subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 
 from tests.test_mixture import folders, make_config, tokenizer, tokenizer_folder  # noqa: F401 - fixtures
 from unihetero_jax import cli, data_stats
-from unihetero_jax.config_reading import to_dict
+from unihetero_jax.config import to_dict
 from unihetero_jax.data import mixture
 from unihetero_jax.data.tokenizer import load_tokenizer
 

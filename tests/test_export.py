@@ -13,7 +13,7 @@ from tests.test_checkpoint import make_config, position_of
 from tests.test_stored_steps import damage
 from unihetero_jax import cli
 from unihetero_jax.checkpoint import Checkpointer, CheckpointError, restore_subtree
-from unihetero_jax.config_reading import to_dict
+from unihetero_jax.config import to_dict
 from unihetero_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from unihetero_jax.export import export_parameters
 

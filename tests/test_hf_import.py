@@ -19,8 +19,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data_pipelines import convert
 from unihetero_jax import hf_config, hf_weights
 from unihetero_jax.cli import main
-from unihetero_jax.config import RopeScalingConfig
-from unihetero_jax.config_reading import from_config_dict, to_dict
+from unihetero_jax.config import RopeScalingConfig, to_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.tokenizer import BOI, EOI, extend_tokenizer, load_tokenizer
 from unihetero_jax.inference.generate import Prompt, prompt_sample
 from unihetero_jax.loaded_run import load_run

@@ -9,7 +9,7 @@ import pytest
 from unihetero_jax import gradient_table, step
 from unihetero_jax import train as train_module
 from unihetero_jax.checkpoint import Checkpointer
-from unihetero_jax.config_reading import config_hash
+from unihetero_jax.config import config_hash
 from unihetero_jax.sharding import make_mesh
 from unihetero_jax.state import update_ema
 from unihetero_jax.train import train

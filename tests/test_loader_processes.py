@@ -13,7 +13,8 @@ import pytest
 
 from experiments import base
 from tests.test_mixture import WORDS, make_records, write_source
-from unihetero_jax.config_reading import from_config_dict, to_dict
+from unihetero_jax.config import to_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

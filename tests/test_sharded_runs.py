@@ -16,8 +16,8 @@ from experiments import quickstart
 from unihetero_jax import gradient_table, step
 from unihetero_jax import train as trainer
 from unihetero_jax.checkpoint import list_steps
-from unihetero_jax.config import ConfigError
-from unihetero_jax.config_reading import config_hash, from_config_dict
+from unihetero_jax.config import ConfigError, config_hash
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.mixture import make_train_iterator
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.loaded_run import make_log_probs

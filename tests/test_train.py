@@ -11,7 +11,7 @@ import pytest
 
 from unihetero_jax import gradient_table, reporting, step
 from unihetero_jax.checkpoint import list_steps, restore_subtree
-from unihetero_jax.config_reading import config_hash
+from unihetero_jax.config import config_hash
 from unihetero_jax.data import mixture
 from unihetero_jax.data.mixture import make_train_iterator
 from unihetero_jax.data.records import RecordError

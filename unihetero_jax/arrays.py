@@ -120,8 +120,8 @@ class VisionOutput:
 class TargetStatistics:
     """Running mean and standard deviation of the visual targets, per dimension."""
 
-    mean: Float[Array, "Z"]
-    deviation: Float[Array, "Z"]
+    mean: Float[Array, " Z"]
+    deviation: Float[Array, " Z"]
 
 
 @pytree_dataclass
@@ -190,7 +190,7 @@ class VisualCache:
     keys: Float[Array, "L B K G d"]
     values: Float[Array, "L B K G d"]
     begun: Int[Array, "B K"]
-    ended: Int[Array, "B"]
+    ended: Int[Array, " B"]
 
 
 @pytree_dataclass
@@ -205,7 +205,7 @@ class Cache:
 
     keys: Float[Array, "L B K G d"]
     values: Float[Array, "L B K G d"]
-    length: Int[Array, "B"]
+    length: Int[Array, " B"]
     visual: Any = None
 
 

@@ -35,8 +35,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from unihetero_jax import __version__, distributed
-from unihetero_jax.config import Config
-from unihetero_jax.config_reading import config_hash, differences, to_dict
+from unihetero_jax.config import Config, config_hash, to_dict
+from unihetero_jax.config_reading import differences
 from unihetero_jax.integrity import (
     MANIFEST,
     digest_files,

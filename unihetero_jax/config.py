@@ -5,9 +5,11 @@ two places. Past `from_config_dict` no ConfigDict is seen and nothing is read by
 """
 
 import dataclasses
+import hashlib
+import json
 import typing
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 Objective = Literal[
     "understanding", "understanding_i2t", "semantic_input", "semantic_encoder", "patch", "pixels", "random",
@@ -530,6 +532,25 @@ class Config:
     def __hash__(self) -> int:
         """Of the values: mappings have no hash, and compiled functions are cached by configuration."""
         return hash(config_hash(self))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as plain JSON-ready values; `from_config_dict` reads it back."""
+    return json.loads(json.dumps(_plain(config)))
+
+
+def config_hash(config: Config) -> str:
+    """12 hex digits that identify the resolved configuration."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def visual_target(objective: Objective) -> VisualTarget | None:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import types
 import typing
@@ -34,17 +32,6 @@ def from_config_dict(config_dict: ConfigDict | Mapping[str, Any]) -> Config:
     return config
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as plain JSON-ready values; `from_config_dict` reads it back."""
-    return json.loads(json.dumps(_plain(config)))
-
-
-def config_hash(config: Config) -> str:
-    """12 hex digits that identify the resolved configuration."""
-    text = json.dumps(to_dict(config), sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted paths where two plain configurations differ, as `path: old -> new`."""
     a, b = _flatten(old), _flatten(new)
@@ -54,14 +41,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for key in sorted(a.keys() | b.keys())
         if a.get(key, missing) != b.get(key, missing)
     ]
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

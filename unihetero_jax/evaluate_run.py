@@ -17,8 +17,7 @@ from data_pipelines.scene_reader import read_cells
 from data_pipelines.scenes import CELL
 from unihetero_jax import distributed
 from unihetero_jax.checkpoint import list_steps
-from unihetero_jax.config import Config, has_cross_attention, rolls_out
-from unihetero_jax.config_reading import config_hash
+from unihetero_jax.config import Config, config_hash, has_cross_attention, rolls_out
 from unihetero_jax.data.labelled_images import class_names, read_labelled_images
 from unihetero_jax.data.records import MERGE_SIZE
 from unihetero_jax.data.tokenizer import load_tokenizer

@@ -16,8 +16,7 @@ from etils import epath
 from flax import nnx
 
 from unihetero_jax.arrays import Batch, LossOutput
-from unihetero_jax.config import COMPONENTS, Config, MeshConfig, visual_loss_of
-from unihetero_jax.config_reading import config_hash
+from unihetero_jax.config import COMPONENTS, Config, MeshConfig, config_hash, visual_loss_of
 from unihetero_jax.model import unihetero
 from unihetero_jax.objectives import GRADIENT_TABLE, count_targets, reached
 from unihetero_jax.state import ema_components

@@ -20,8 +20,8 @@ import numpy as np
 from etils import epath
 
 from unihetero_jax.checkpoint import Checkpointer, list_steps
-from unihetero_jax.config import MERGED_PATCHES, Config
-from unihetero_jax.config_reading import from_config_dict, to_dict
+from unihetero_jax.config import MERGED_PATCHES, Config, to_dict
+from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.tokenizer import Tokenizer, extend_tokenizer, load_tokenizer
 from unihetero_jax.hf_weights import Source
 from unihetero_jax.model.unihetero import Params, init_params

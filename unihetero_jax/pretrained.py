@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from unihetero_jax.config import Config
-from unihetero_jax.config_reading import differences, to_dict
+from unihetero_jax.config import Config, to_dict
+from unihetero_jax.config_reading import differences
 from unihetero_jax.hf_config import LanguageModel, VisionModel, read_language_model, read_vision_encoder
 from unihetero_jax.hf_weights import (
     Source,

@@ -13,8 +13,7 @@ from etils import epath
 
 from unihetero_jax import distributed, flops
 from unihetero_jax.arrays import StepMetrics
-from unihetero_jax.config import Config
-from unihetero_jax.config_reading import config_hash
+from unihetero_jax.config import Config, config_hash
 from unihetero_jax.data.mixture import HostBatch
 from unihetero_jax.metrics import (
     METRICS_NAME,

@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 
 from unihetero_jax import __version__, distributed, gradient_table, step
 from unihetero_jax.checkpoint import Checkpointer, restore_subtree
-from unihetero_jax.config import Config
-from unihetero_jax.config_reading import config_hash, to_dict
+from unihetero_jax.config import Config, config_hash, to_dict
 from unihetero_jax.data.mixture import (
     TrainIterator,
     make_train_iterator,
