@@ -32,8 +32,11 @@ LAYERS: list[set[str]] = [
         "model.pixel_decoder", "text_loss",
     },
     {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline", "hf_weights"},
-    {"inference", "pretrained", "step", "gradient_table", "reporting", "data_stats", "stored_steps", "export"},
-    {"train", "evaluation", "scaling", "report", "compile_ahead", "explain", "hf_import", "hf_export"},
+    {
+        "verdicts", "inference", "pretrained", "step", "gradient_table",
+        "reporting", "data_stats", "stored_steps", "export",
+    },
+    {"train", "evaluation", "scaling", "claims", "report", "compile_ahead", "explain", "hf_import", "hf_export"},
     {"loaded_run"},
     {"evaluate_run"},
     {"cli"},

@@ -1,4 +1,4 @@
-"""The commands: train, evaluate, score, compare, generate, data-stats, checkpoints, compile, explain."""
+"""The commands: train, evaluate, score, compare, verify-claims, generate, data-stats, checkpoints, compile, explain."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipelines.scene_world import ensure_index, ensure_scene_world
 from experiments import base as base_experiment
-from unihetero_jax import compile_ahead, data_stats, distributed, explain, export, stored_steps
+from unihetero_jax import claims, compile_ahead, data_stats, distributed, explain, export, stored_steps
 from unihetero_jax.checkpoint import SaveError
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
 from unihetero_jax.config import Config
@@ -45,6 +45,8 @@ from unihetero_jax.workdir import prepare_workdir
 
 EXIT_BAD_INPUT = 2
 """Exit code when the message says what to change; an interrupted run exits with 128 + the signal's number."""
+EXIT_WITHHELD = 1
+"""Exit code of `verify-claims` when a planted control came out wrong, so that no verdict is given."""
 EXIT_STORAGE = 74
 """Exit code when storage failed, or a save: start it again (EX_IOERR of sysexits.h)."""
 EXIT_PROCESSES_MISSING = 76
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             address, number = namespace.coordinator_address, namespace.num_processes
             cluster = distributed.find_cluster(address, number, namespace.process_id)
             distributed.connect(cluster, namespace.startup_deadline)
-        namespace.command(namespace, overrides)
+        return namespace.command(namespace, overrides) or 0
     except Interrupted as stop:
         announce(str(stop))
         return 128 + stop.signal_number
@@ -74,7 +76,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _exit_code(error)
     finally:
         distributed.disconnect()
-    return 0
 
 
 def _exit_code(error: Exception) -> int:
@@ -158,6 +159,14 @@ def _parser() -> argparse.ArgumentParser:
     compares.add_argument("--mode", choices=tuple(SCORERS), default="likelihood")
     compares.add_argument("--output", default="", help="a JSON file for the rows of the table")
     compares.set_defaults(command=_compare)
+
+    verifies = commands.add_parser("verify-claims", allow_abbrev=False, help="verdicts on claims from a table of runs")
+    verifies.add_argument("--results", required=True, metavar="TABLE",
+                          help="Parquet or CSV; a row for each run and metric: arm, seed, metric, value")  # fmt: skip
+    verifies.add_argument("--protocol", default="", metavar="FILE",
+                          help="what was fixed before the runs; default: protocol.json beside the table")  # fmt: skip
+    verifies.add_argument("--output", default="", help="a JSON file for everything that is printed")
+    verifies.set_defaults(command=_verify_claims)
 
     generates = commands.add_parser("generate", allow_abbrev=False, help="continue a prompt, with or without an image")
     generates.add_argument("--image", default="", help="an image file")
@@ -255,6 +264,20 @@ def _compare(flags: argparse.Namespace, overrides: list[str]) -> None:
     if flags.output:
         found = {"differences": [dataclasses.asdict(row) for row in rows], "unlike": unlike}
         write_json(to_path(flags.output), found)
+
+
+def _verify_claims(flags: argparse.Namespace, overrides: list[str]) -> int:
+    """Returns 0, or `EXIT_WITHHELD` where a planted control came out wrong."""
+    if overrides:
+        raise ValueError(f"{overrides[0]}: verify-claims takes no --config fields")
+    results = Path(flags.results)
+    table = claims.read_table(results)
+    protocol = claims.read_protocol(Path(flags.protocol or results.parent / "protocol.json"))
+    findings = claims.verify(table, protocol)
+    print(claims.format_findings(findings, protocol))
+    if flags.output:
+        write_json(to_path(flags.output), claims.to_json(findings, protocol))
+    return EXIT_WITHHELD if claims.wrong_controls(findings) else 0
 
 
 def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
