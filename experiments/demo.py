@@ -27,7 +27,6 @@ from data_pipelines.scenes import Level, caption, encode_png, make_scene, render
 from experiments import quickstart
 from experiments.scene_drawings import fidelity_table, predicted_embeddings, scene_bank, unseen_scenes
 from unihetero_jax.checkpoint import Checkpointer
-from unihetero_jax.cli import run_training
 from unihetero_jax.config import Config, rolls_out
 from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.question_files import StoredImage
@@ -40,6 +39,7 @@ from unihetero_jax.inference.generate import Prompt, generate_text
 from unihetero_jax.loaded_run import load_run, make_log_probs
 from unihetero_jax.model.unihetero import Params
 from unihetero_jax.train import Interrupted
+from unihetero_jax.train_run import run_training
 
 SHEET_SCENES = range(900_000, 900_004)
 """Indices of the test split that no question file reaches."""

@@ -32,12 +32,12 @@ from experiments.scene_drawings import (
     unseen_scenes,
 )
 from unihetero_jax.checkpoint import list_steps
-from unihetero_jax.cli import run_training
 from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.evaluation.drawings import BlockBank, default_grid, draw_from_texts, reconstruct, seen_images
 from unihetero_jax.evaluation.sheet import draw_pictures
 from unihetero_jax.loaded_run import Run, load_run
 from unihetero_jax.train import Interrupted
+from unihetero_jax.train_run import run_training
 
 NUM_SCENES = 256
 SHEET_SCENES, DRAWN_EACH = 8, 4

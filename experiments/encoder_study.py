@@ -20,10 +20,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import quickstart, scene_judge
-from unihetero_jax.cli import run_training
 from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.train import Interrupted
+from unihetero_jax.train_run import run_training
 
 ENCODER_STEPS = 700
 _SG: dict[str, Any] = {"loss.target": "stop_gradient"}

@@ -24,7 +24,6 @@ import numpy as np
 from data_pipelines.scenes import encode_png
 from experiments import renderer
 from experiments.scene_drawings import UnseenScenes, batches, predicted_embeddings, unseen_scenes
-from unihetero_jax.cli import run_training
 from unihetero_jax.config import MERGED_PATCHES, Config
 from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.evaluation.drawings import seen_images
@@ -32,6 +31,7 @@ from unihetero_jax.flops import model_flops, padded_work, parameter_counts
 from unihetero_jax.inference.draw import draw_images
 from unihetero_jax.loaded_run import Run, load_run
 from unihetero_jax.train import Interrupted
+from unihetero_jax.train_run import run_training
 
 ARMS = ("adaptive_norm", "cross_attention", "adaptive_norm+rollout")
 ATTRIBUTES = ("object", "color", "shape", "size")

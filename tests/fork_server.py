@@ -153,7 +153,9 @@ def _child(cli, request, output: int) -> None:
             os.environ["XLA_FLAGS"] = f"{os.environ['XLA_FLAGS']} {count}"  # the last one counts
         if request["signal_at"]:
             number, at_step = request["signal_at"]
-            train = cli.train
+            from unihetero_jax import train_run
+
+            train = train_run.train
 
             def train_and_signal(config, workdir, hooks, *others):
                 def send(step, state):
@@ -162,7 +164,7 @@ def _child(cli, request, output: int) -> None:
 
                 return train(config, workdir, [*hooks, send], *others)
 
-            cli.train = train_and_signal
+            train_run.train = train_and_signal
         code = cli.main(request["arguments"])
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1

@@ -12,7 +12,7 @@ import pytest
 from conftest import make_tiny_config
 from PIL import Image
 
-from unihetero_jax import cli, evaluate_run
+from unihetero_jax import evaluate_run, train_run
 from unihetero_jax.checkpoint import list_steps
 from unihetero_jax.cli import main
 from unihetero_jax.evaluate_run import choose_steps
@@ -64,7 +64,7 @@ def test_one_step_makes_a_world_a_checkpoint_and_a_validation(trained):
 
 def test_a_scene_world_has_the_seed_that_is_asked_for(tmp_path, tiny_experiment):
     changes = {"scene_world__path": str(tmp_path / "world"), "scene_world__num_scenes": 4, "scene_world__seed": 9}
-    cli._make_scene_world(tiny_experiment(**changes))
+    train_run._make_scene_world(tiny_experiment(**changes))
     assert json.loads((tmp_path / "world" / "manifest.json").read_text())["seed"] == 9
 
 
@@ -187,12 +187,12 @@ def test_watching_takes_steps_as_they_come_and_counts_those_that_went(monkeypatc
 def test_training_can_be_interrupted_by_evaluations(monkeypatch):
     """`eval.every_steps`: between the first step and the last, which has an evaluation of its own."""
     evaluated, hooks = [], []
-    monkeypatch.setattr(cli, "agree_on_run", lambda *_: None)
-    monkeypatch.setattr(cli, "prepare_workdir", lambda *_: None)
-    monkeypatch.setattr(cli, "check_evaluation", lambda *_: None)
-    monkeypatch.setattr(cli, "evaluate_state", lambda config, workdir, state, step: evaluated.append(step))
-    monkeypatch.setattr(cli, "train", lambda config, workdir, given, *_: hooks.extend(given))
-    cli.run_training(make_tiny_config(eval__every_steps=2, train__num_steps=6), "x")
+    monkeypatch.setattr(train_run, "agree_on_run", lambda *_: None)
+    monkeypatch.setattr(train_run, "prepare_workdir", lambda *_: None)
+    monkeypatch.setattr(train_run, "check_evaluation", lambda *_: None)
+    monkeypatch.setattr(train_run, "evaluate_state", lambda config, workdir, state, step: evaluated.append(step))
+    monkeypatch.setattr(train_run, "train", lambda config, workdir, given, *_: hooks.extend(given))
+    train_run.run_training(make_tiny_config(eval__every_steps=2, train__num_steps=6), "x")
     for step in range(1, 7):
         for hook in hooks:
             hook(step, None)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from experiments import demo, demo_images, scene_drawings
-from unihetero_jax import cli
+from unihetero_jax import cli, train_run
 
 KINDS = {"color", "shape", "location", "count", "relation", "existence"}
 
@@ -114,7 +114,7 @@ def test_images_of_a_renderer_are_drawn_and_read(tiny_experiment, tmp_path, monk
         objective="unihetero", train__num_steps=2, checkpoint__every_steps=1, drawing__steps=2,
         model__pixel_decoder__num_layers=1,
     )  # fmt: skip
-    cli.run_training(config, str(tmp_path))
+    train_run.run_training(config, str(tmp_path))
     found = demo_images.draw(tmp_path)
     assert set(found["true pictures (the reader's accuracy)"].shares.values()) == {1.0}
     assert "drawn from captions" in capsys.readouterr().out
@@ -171,12 +171,13 @@ def test_the_comparison_puts_objectives_side_by_side():
 
 
 def test_what_the_evaluation_lacks_is_said_before_training(tiny_experiment, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "train", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(train_run, "train", lambda *_: pytest.fail("training began"))
     with pytest.raises(ValueError, match=r"missing\.tsv"):
-        cli.run_training(tiny_experiment(eval__benchmarks={"a": str(tmp_path / "missing.tsv")}), str(tmp_path / "run"))
+        missing = tiny_experiment(eval__benchmarks={"a": str(tmp_path / "missing.tsv")})
+        train_run.run_training(missing, str(tmp_path / "run"))
     too_many = tiny_experiment(eval__rollout_source="generation", eval__rollout_candidates=100_000)
     with pytest.raises(ValueError, match=r"validation records of generation ask for one image, eval.rollout_candid"):
-        cli.run_training(too_many, str(tmp_path / "run"))
+        train_run.run_training(too_many, str(tmp_path / "run"))
 
 
 def test_summary_keys_do_not_depend_on_the_objective(finished):

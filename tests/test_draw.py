@@ -12,7 +12,7 @@ from conftest import make_tiny_config
 from PIL import Image
 
 from data_pipelines.scenes import encode_png
-from unihetero_jax import cli
+from unihetero_jax import cli, train_run
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.tokenizer import load_tokenizer
@@ -156,7 +156,7 @@ def test_what_a_run_draws_of_its_rollouts_is_judged(objective, more, tiny_experi
         eval__rollout_source="generation", eval__rollout_candidates=8,
         eval__benchmarks={"scenes": str(tiny_world / "questions.tsv")},
     )  # fmt: skip
-    cli.run_training(config, str(workdir))
+    train_run.run_training(config, str(workdir))
     assert "finds its image among 8" in capsys.readouterr().out
     assert cli.main(["evaluate", f"--workdir={workdir}", f"--rollout-judge={workdir}"]) == 0
     found = json.loads((workdir / "eval" / "rollout-error-2.json").read_text())

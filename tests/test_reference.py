@@ -11,7 +11,6 @@ import pytest
 from data_pipelines.scene_world import CAPTION_PROMPT, generation_record
 from data_pipelines.scenes import COLORS, LOCATIONS, SHAPES, encode_png, make_scene, render
 from experiments import quickstart
-from unihetero_jax.cli import run_training
 from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.packing import sample_from_record
@@ -22,6 +21,7 @@ from unihetero_jax.inference.generate import Prompt, generate_text, prompt_batch
 from unihetero_jax.loaded_run import load_run, make_log_probs
 from unihetero_jax.model.unihetero import build
 from unihetero_jax.objectives import compute_loss, count_targets, means
+from unihetero_jax.train_run import run_training
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "reference" / "demo"

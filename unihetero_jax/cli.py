@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -13,15 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.scene_world import ensure_index, ensure_scene_world
 from experiments import base as base_experiment
-from unihetero_jax import claims, compile_ahead, data_stats, distributed, explain, export, stored_steps
+from unihetero_jax import claims, compile_ahead, data_stats, distributed, explain, export, stored_steps, sweep
 from unihetero_jax.checkpoint import SaveError
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
-from unihetero_jax.config import Config
-from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.data.records import RecordError, format_prompt, probe_image
-from unihetero_jax.evaluate_run import check_evaluation, evaluate_command, evaluate_state
+from unihetero_jax.evaluate_run import evaluate_command
 from unihetero_jax.evaluation import comparison, official
 from unihetero_jax.evaluation.drawings import default_grid, draw_from_texts, reconstruct
 from unihetero_jax.evaluation.runner import (
@@ -37,14 +33,15 @@ from unihetero_jax.inference.sampling import Sampling
 from unihetero_jax.loaded_run import Run, load_run
 from unihetero_jax.metrics import announce
 from unihetero_jax.profiling import parse_range
-from unihetero_jax.state import TrainState
 from unihetero_jax.storage import StorageError, read_bytes, to_path
-from unihetero_jax.train import Hook, Interrupted, agree_on_run, train
+from unihetero_jax.train import Interrupted
+from unihetero_jax.train_run import run_training
 from unihetero_jax.watchdog import EXIT_STALLED
-from unihetero_jax.workdir import prepare_workdir
 
 EXIT_BAD_INPUT = 2
 """Exit code when the message says what to change; an interrupted run exits with 128 + the signal's number."""
+EXIT_FAILED_RUNS = 1
+"""Exit code of `sweep` when a run failed; the same command tries it again."""
 EXIT_WITHHELD = 1
 """Exit code of `verify-claims` when a planted control came out wrong, so that no verdict is given."""
 EXIT_STORAGE = 74
@@ -168,6 +165,20 @@ def _parser() -> argparse.ArgumentParser:
     verifies.add_argument("--output", default="", help="a JSON file for everything that is printed")
     verifies.set_defaults(command=_verify_claims)
 
+    sweeps = commands.add_parser("sweep", allow_abbrev=False, help="train what is missing of many runs")
+    sweeps.add_argument("--sweep", default="", metavar="FILE[:SCALE]", help="BASE and sweep(scale): experiments/sweeps")
+    sweeps.add_argument(
+        "--config", default="", metavar="FILE[:ARG]",
+        help="instead: an experiment, and fields with several values, such as --config.seed=0,1,2",
+    )  # fmt: skip
+    sweeps.add_argument("--workdir", required=True)
+    sweeps.add_argument("--dry-run", action="store_true", help="say what there is to do, and do nothing")
+    sweeps.add_argument(
+        "--launcher", choices=("local", "slurm", "jobset"), default="local",
+        help="local: here, one after another; else write the flags of the missing runs for an array",
+    )  # fmt: skip
+    sweeps.set_defaults(command=_sweep)
+
     generates = commands.add_parser("generate", allow_abbrev=False, help="continue a prompt, with or without an image")
     generates.add_argument("--image", default="", help="an image file")
     generates.add_argument("--prompt", default="", help="words to go on from, or to draw")
@@ -280,6 +291,47 @@ def _verify_claims(flags: argparse.Namespace, overrides: list[str]) -> int:
     return EXIT_WITHHELD if claims.wrong_controls(findings) else 0
 
 
+def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:
+    """Returns 0, or `EXIT_FAILED_RUNS` where a run failed."""
+    if bool(flags.sweep) == bool(flags.config):
+        raise ValueError("sweep: give --sweep=FILE[:SCALE], or --config=FILE with fields of several values")
+    if flags.sweep and overrides:
+        raise ValueError(f"{overrides[0]}: a sweep file says all fields itself; change it, or leave --sweep out")
+    planned = sweep.plan_file(flags.sweep) if flags.sweep else sweep.plan_product(flags.config, overrides)
+    workdir = Path(flags.workdir)
+    if flags.dry_run:
+        print(sweep.describe(planned, workdir))
+        return 0
+    workdir.mkdir(parents=True, exist_ok=True)
+    if flags.launcher != "local":
+        _write_array(flags, planned, workdir)
+        return 0
+    counts = sweep.execute(planned, workdir)
+    print(f"{len(planned)} runs: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+    print(f"see {workdir / sweep.RESULTS}")
+    return EXIT_FAILED_RUNS if counts["failed"] else 0
+
+
+def _write_array(flags: argparse.Namespace, planned: list[sweep.Planned], workdir: Path) -> None:
+    """The flags of the missing runs, a line each, and how they are started; nothing is submitted."""
+    base = sweep.base_of(flags.sweep) if flags.sweep else flags.config
+    lines = sweep.override_lines(planned, load_experiment(base), workdir)
+    path = workdir / "overrides.txt"
+    path.write_text("\n".join(lines) + "\n")
+    print(f"{len(lines)} runs are missing: {path}, for --config={base}")
+    if flags.launcher == "slurm":
+        print(
+            f"sbatch --array=0-{len(lines) - 1} --nodes=1 --ntasks-per-node=1 --gpus-per-node=1 "
+            f"--export=ALL,OVERRIDES={path} experiments/launch/train.slurm train --config={base}"
+        )
+    else:
+        print(
+            f"in experiments/launch/jobset_array.yaml: completions: {len(lines)}, OVERRIDES={path}, "
+            f"train --config={base}; then kubectl apply"
+        )
+    print("afterwards the same sweep command without --launcher writes the table")
+
+
 def _generate(flags: argparse.Namespace, overrides: list[str]) -> None:
     run = load_run(flags.workdir, flags.step, flags.replicate, overrides)
     if flags.num_images or flags.reconstruct:
@@ -388,40 +440,6 @@ def _export_hf(flags: argparse.Namespace, overrides: list[str]) -> None:
         family=flags.vision_family, original_vocabulary=flags.original_vocabulary, pretrained=flags.pretrained,
         max_file_bytes=int(flags.max_file_gb * 1e9),
     )  # fmt: skip
-
-
-def run_training(
-    config: Config,
-    workdir: str,
-    hooks: Sequence[Hook] = (),
-    change_mixture: bool = False,
-    profile: tuple[int, int] | None = None,
-) -> TrainState:
-    """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
-    agree_on_run(config, workdir, change_mixture)
-    prepare_workdir(workdir)  # before minutes go into a scene world
-    world = config.scene_world
-    if world.level != "none":
-        make = functools.partial(_make_scene_world, config)
-        distributed.lead_first("scene-world", make, make)
-    check_evaluation(config)
-    evaluate_now = functools.partial(evaluate_state, config, workdir)
-    if every := config.eval.every_steps:
-
-        def evaluate_sometimes(step: int, state: TrainState) -> None:
-            if step % every == 0 and step < config.train.num_steps:
-                evaluate_now(state, step)
-
-        hooks = [*hooks, evaluate_sometimes]
-    return train(config, workdir, hooks, evaluate_now, change_mixture, profile)
-
-
-def _make_scene_world(config: Config) -> None:
-    world, spec = config.scene_world, image_spec(config)
-    assert world.level != "none"
-    ensure_scene_world(world.path, world.level, world.num_scenes, spec, config.model.decoder.vocab_size, world.seed)
-    if config.data.turns != "branches":  # of branches it comes with one
-        ensure_index(world.path, spec, config.data.turns)
 
 
 def _read_image(path: str) -> bytes:

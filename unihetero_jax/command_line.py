@@ -50,7 +50,7 @@ def load_experiment(argv_config: str) -> dict[str, Any]:
     path = Path(path_text)
     if not path.is_file():
         raise ValueError(f"--config={argv_config}: no file {path}{_near_files(path)}")
-    get_config = getattr(_load_module(path), "get_config", None)
+    get_config = getattr(load_module(path), "get_config", None)
     if not callable(get_config):
         raise ValueError(f"--config={argv_config}: {path} defines no function get_config(arg='')")
     if argument and not inspect.signature(get_config).parameters:
@@ -167,7 +167,12 @@ def _near_files(path: Path) -> str:
     return f"; did you mean {' or '.join(files)}?" if close else f"; there are {', '.join(files)}"
 
 
-def _load_module(path: Path) -> types.ModuleType:
+def load_module(path: Path) -> types.ModuleType:
+    """Runs an experiment or sweep file.
+
+    Raises:
+        ValueError: it is no Python file, or cannot be loaded.
+    """
     name = f"experiment_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

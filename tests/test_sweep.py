@@ -1,0 +1,163 @@
+"""Sweeps: what is planned, that nothing is trained twice or lost, and that interruptions do not change the table."""
+
+import json
+import os
+import signal
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import tiny_overrides
+
+from experiments import quickstart
+from unihetero_jax import sweep
+from unihetero_jax.cli import main
+from unihetero_jax.command_line import with_overrides
+from unihetero_jax.config import to_dict
+from unihetero_jax.train import Interrupted
+from unihetero_jax.workdir import RunLock
+
+FILE = """
+BASE = {base!r}
+
+def sweep(scale):
+    for seed in range(1 if scale == "smoke" else 2):
+        for objective in ("understanding", "semantic_input"):
+            yield objective, {{"objective": objective, "seed": seed, "train.num_steps": 2 if scale == "smoke" else 3}}
+"""
+
+
+HEAD = "BASE = 'experiments/quickstart.py'\n\ndef sweep(scale):\n"
+
+
+@pytest.fixture
+def sweep_file(tmp_path, tiny_world):
+    """A sweep of two runs of two steps over a base in miniature."""
+    overrides = tiny_overrides(tiny_world, train__eval_every_steps=2, checkpoint__every_steps=2)
+    values = with_overrides(quickstart.get_config().to_dict(), [one.removeprefix("--config.") for one in overrides])
+    base = tmp_path / "base.py"
+    base.write_text(f"def get_config():\n    return {to_dict(values)!r}\n")
+    path = tmp_path / "sweep.py"
+    path.write_text(FILE.format(base=str(base)))
+    return path
+
+
+def rows_of(workdir):
+    return pq.read_table(workdir / sweep.RESULTS).to_pylist()
+
+
+def test_runs_are_planned_by_arm_seed_and_hash(sweep_file):
+    planned = sweep.plan_file(f"{sweep_file}:smoke")
+    assert [(one.arm, one.config.seed) for one in planned] == [("understanding", 0), ("semantic_input", 0)]
+    assert planned[0].config.train.num_steps == 2
+    others = sweep.plan_file(f"{sweep_file}:scenes")
+    assert len({one.name for one in others}) == 4
+    assert not {one.name for one in planned} & {one.name for one in others}, "a changed arm is another run"
+
+
+def test_a_plain_sweep_is_the_product_of_the_values(tmp_path):
+    planned = sweep.plan_product(
+        "experiments/quickstart.py",
+        ["seed=0,1", "loss.visual_weight=0.1,1.0", "train.num_steps=7", "optimizer.frozen=encoder,projector"],
+    )
+    assert [(one.arm, one.config.seed) for one in planned] == [
+        ("visual_weight=0.1", 0), ("visual_weight=1.0", 0), ("visual_weight=0.1", 1), ("visual_weight=1.0", 1),
+    ]  # fmt: skip
+    assert all(one.config.optimizer.frozen == ("encoder", "projector") for one in planned), "a tuple keeps its commas"
+    with pytest.raises(ValueError, match="nothing varies"):
+        sweep.plan_product("experiments/quickstart.py", ["seed=0"])
+
+
+def test_what_is_missing_is_trained_once_and_the_table_holds_all(sweep_file, tmp_path, capsys, monkeypatch):
+    """Interrupted twice, and refused a run that another process has: the table is the unbroken one's."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command = ["sweep", f"--sweep={sweep_file}:smoke"]
+    assert main([*command, f"--workdir={whole}"]) == 0
+    assert "2 runs: 2 trained" in capsys.readouterr().out
+    planned, trained = sweep.plan_file(f"{sweep_file}:smoke"), []
+    run_training = sweep.run_training
+
+    def interrupted(config, workdir):
+        trained.append(workdir)
+        if len(trained) <= 2:
+            raise Interrupted(0, signal.SIGTERM)
+        return run_training(config, workdir)
+
+    monkeypatch.setattr(sweep, "run_training", interrupted)
+    for _ in range(2):
+        assert main([*command, f"--workdir={broken}"]) == 128 + signal.SIGTERM
+    held = broken / "claims" / planned[1].name
+    held.mkdir(parents=True)
+    with RunLock(held):
+        assert main([*command, f"--workdir={broken}"]) == 0
+        printed = capsys.readouterr().out
+        assert "being trained by another process" in printed and "1 elsewhere" in printed
+    assert main([*command, f"--workdir={broken}"]) == 0
+    assert "2 runs: 1 finished, 1 trained" in capsys.readouterr().out
+    assert len(trained) == 4, "two were interrupted, none was taken twice"
+    assert rows_of(broken) == rows_of(whole)
+    found = {(row["arm"], row["seed"], row["metric"]): row["value"] for row in rows_of(whole)}
+    metrics = {metric for _, _, metric in found}
+    assert {"held_out/qa/text", "held_out/generation/visual", "collapsed"} <= metrics
+    assert ("understanding", 0, "held_out/generation/visual") not in found
+    line = json.loads((whole / "runs" / planned[1].name / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found["semantic_input", 0, "held_out/qa/text"] == line["eval_loss"]["qa"]["text"]
+
+
+def test_a_run_that_fails_is_counted_and_the_others_go_on(sweep_file, tmp_path, capsys, monkeypatch):
+    run_training = sweep.run_training
+
+    def failing(config, workdir):
+        if config.objective == "understanding":
+            raise ValueError("the loss is not finite")
+        return run_training(config, workdir)
+
+    monkeypatch.setattr(sweep, "run_training", failing)
+    assert main(["sweep", f"--sweep={sweep_file}:smoke", f"--workdir={tmp_path / 'w'}"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED: understanding-0-" in printed and "the loss is not finite" in printed
+    assert "1 failed, 1 trained" in printed
+    assert {(row["arm"], row["seed"]) for row in rows_of(tmp_path / "w")} == {("semantic_input", 0)}
+
+
+def test_a_dry_run_does_nothing_and_an_array_gets_its_flags(sweep_file, tmp_path, capsys):
+    command = ["sweep", f"--sweep={sweep_file}:smoke", f"--workdir={tmp_path / 'w'}"]
+    assert main([*command, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("missing") == 2 and "unknown until a run is finished" in printed
+    assert not (tmp_path / "w").exists()
+    assert main([*command, "--launcher=slurm"]) == 0
+    lines = (tmp_path / "w" / "overrides.txt").read_text().splitlines()
+    assert len(lines) == 2 and "sbatch --array=0-1" in capsys.readouterr().out
+    arm = sweep.plan_file(f"{sweep_file}:smoke")[1]
+    assert lines[1].split()[0] == f"--workdir={tmp_path / 'w' / 'runs' / arm.name}"
+    assert {"--config.objective=understanding", "--config.train.num_steps=2"} <= set(lines[0].split())
+    started = main(["train", f"--config={tmp_path / 'base.py'}", *lines[1].split()])
+    assert started == 0 and sweep.is_finished(arm, tmp_path / "w" / "runs" / arm.name), "as an array would start it"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("BASE = 3\n", "needs BASE"), (HEAD + "    return []\n", "plans no run"),
+     (HEAD + "    yield 'a', {}\n    yield 'a', {}\n", "twice"),
+     (HEAD + "    yield 'a', {'loss.visual_wait': 1}\n", "arm a: invalid")],
+)  # fmt: skip
+def test_sweep_files_that_cannot_be_used_say_why(tmp_path, content, message):
+    path = tmp_path / "wrong.py"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        sweep.plan_file(str(path))
+
+
+def test_flags_that_contradict_each_other_are_refused(tmp_path, capsys):
+    assert main(["sweep", f"--workdir={tmp_path}"]) == 2
+    assert "give --sweep=FILE[:SCALE], or --config=FILE" in capsys.readouterr().err
+    assert main(["sweep", "--sweep=nowhere.py", f"--workdir={tmp_path}"]) == 2
+    assert "no file nowhere.py" in capsys.readouterr().err
+
+
+def test_the_shipped_sweeps_plan_runs_that_are_valid():
+    planned = sweep.plan_file("experiments/sweeps/claim1_semantics_not_pixels.py:smoke")
+    assert len(planned) == 4 + 5 * 3 and len({one.name for one in planned}) == len(planned)
+    with pytest.raises(ValueError, match="there are smoke, scenes"):
+        sweep.plan_file("experiments/sweeps/claim1_semantics_not_pixels.py:moon")
+    assert os.path.exists("experiments/sweeps/__init__.py")

@@ -1,0 +1,47 @@
+"""`train`: what a whole run is: its scene world, its training, and its evaluation along the way and at the end."""
+
+import functools
+from collections.abc import Sequence
+
+from data_pipelines.scene_world import ensure_index, ensure_scene_world
+from unihetero_jax import distributed
+from unihetero_jax.config import Config
+from unihetero_jax.data.mixture import image_spec
+from unihetero_jax.evaluate_run import check_evaluation, evaluate_state
+from unihetero_jax.state import TrainState
+from unihetero_jax.train import Hook, agree_on_run, train
+from unihetero_jax.workdir import prepare_workdir
+
+
+def run_training(
+    config: Config,
+    workdir: str,
+    hooks: Sequence[Hook] = (),
+    change_mixture: bool = False,
+    profile: tuple[int, int] | None = None,
+) -> TrainState:
+    """Makes the scene world if it is missing, trains, and evaluates the end state on the configured benchmarks."""
+    agree_on_run(config, workdir, change_mixture)
+    prepare_workdir(workdir)  # before minutes go into a scene world
+    world = config.scene_world
+    if world.level != "none":
+        make = functools.partial(_make_scene_world, config)
+        distributed.lead_first("scene-world", make, make)
+    check_evaluation(config)
+    evaluate_now = functools.partial(evaluate_state, config, workdir)
+    if every := config.eval.every_steps:
+
+        def evaluate_sometimes(step: int, state: TrainState) -> None:
+            if step % every == 0 and step < config.train.num_steps:
+                evaluate_now(state, step)
+
+        hooks = [*hooks, evaluate_sometimes]
+    return train(config, workdir, hooks, evaluate_now, change_mixture, profile)
+
+
+def _make_scene_world(config: Config) -> None:
+    world, spec = config.scene_world, image_spec(config)
+    assert world.level != "none"
+    ensure_scene_world(world.path, world.level, world.num_scenes, spec, config.model.decoder.vocab_size, world.seed)
+    if config.data.turns != "branches":  # of branches it comes with one
+        ensure_index(world.path, spec, config.data.turns)
