@@ -80,7 +80,7 @@ def get_config(arg: str = "") -> ConfigDict:
                     "condition_dropout": 0.1,
                     "condition_noise": 0.2,
                     "predicted_share": 0.25,
-                    "conditioning": "adaptive_norm",
+                    "conditioning": "adaptive_norm",  # draws better than cross-attention (docs/generation.md)
                     "rollout_passes": 0,  # nine tokens showed no cumulative error, and a pass costs a forward pass
                 },
                 "visual_branch": {"split_layer": 0},

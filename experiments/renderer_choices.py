@@ -46,9 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--run", default="reference/demo", help="finished run whose embeddings are drawn")
     parser.add_argument("--workdir", default="runs/renderer-choices")
-    parser.add_argument("--steps", type=int, default=1000, help="of every renderer")
+    parser.add_argument("--steps", type=int, default=1200, help="of every renderer")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--scenes", type=int, default=256, help="unseen scenes that are drawn and read")
+    parser.add_argument("--scenes", type=int, default=128, help="unseen scenes that are drawn and read")
     parser.add_argument("--guidance", default="1.0,2.5", help="scales of classifier-free guidance to draw with")
     parser.add_argument("--arms", default=",".join(ARMS))
     flags = parser.parse_args(arguments)
