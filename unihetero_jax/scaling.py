@@ -140,8 +140,10 @@ def _solve(start: np.ndarray, y: np.ndarray, logs: np.ndarray, floor: bool, far:
     def residuals(parameters: np.ndarray) -> np.ndarray:
         return _predicted(parameters, logs, floor)[0] - y
 
-    def jacobian(parameters: np.ndarray) -> np.ndarray:
+    def of(parameters: np.ndarray) -> np.ndarray:
         return _predicted(parameters, logs, floor)[1]
+
+    jacobian: Any = of  # scipy's stubs know names of methods alone
 
     low = np.array(([-_BOUND] if floor else []) + [-_BOUND, 0.0] * len(logs))
     high = np.array(([_BOUND] if floor else []) + [_BOUND, 5.0] * len(logs))
@@ -232,10 +234,11 @@ def bootstrap(
             laws[name] = fit(curve.losses[np.ix_(points, seeds)].mean(axis=1), curve.sizes[points], near=fitted[name])
         drawn.append(statistics(laws))
     tail = 100 * (1 - LEVEL) / 2
-    return {
-        name: (float(value), *(float(x) for x in np.nanpercentile([one[name] for one in drawn], (tail, 100 - tail))))
-        for name, value in whole.items()
-    }
+    found = {}
+    for name, value in whole.items():
+        low, high = np.nanpercentile([one[name] for one in drawn], (tail, 100 - tail))
+        found[name] = float(value), float(low), float(high)
+    return found
 
 
 def _drawn_points(rng: np.random.Generator, number: int) -> np.ndarray:
