@@ -38,8 +38,7 @@ from unihetero_jax.evaluation.sheet import SheetEntry, SheetQuestion, draw_pictu
 from unihetero_jax.inference.generate import Prompt, generate_text
 from unihetero_jax.loaded_run import load_run, make_log_probs
 from unihetero_jax.model.unihetero import Params
-from unihetero_jax.train import Interrupted
-from unihetero_jax.train_run import run_training
+from unihetero_jax.train_run import exit_code, run_training
 
 SHEET_SCENES = range(900_000, 900_004)
 """Indices of the test split that no question file reaches."""
@@ -59,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--export", default="", help="folder for parameters, tokenizer, questions and metric curve")
     flags = parser.parse_args(arguments)
     config = from_config_dict(quickstart.get_config())
-    try:
+
+    def work() -> None:
         summaries = {config.objective: run_demo(config, Path(flags.workdir))}
         if flags.export:
             export(Path(flags.workdir), Path(flags.export))
@@ -68,13 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
             summaries[other.objective] = run_demo(other, Path(f"{flags.workdir}-understanding"))
             (Path(flags.workdir) / "compare.json").write_text(json.dumps(summaries, indent=1) + "\n")
             print(comparison(summaries))
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal_number
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 def run_demo(config: Config, workdir: Path) -> dict[str, Any]:

@@ -36,8 +36,7 @@ from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.evaluation.drawings import BlockBank, default_grid, draw_from_texts, reconstruct, seen_images
 from unihetero_jax.evaluation.sheet import draw_pictures
 from unihetero_jax.loaded_run import Run, load_run
-from unihetero_jax.train import Interrupted
-from unihetero_jax.train_run import run_training
+from unihetero_jax.train_run import exit_code, run_training
 
 NUM_SCENES = 256
 SHEET_SCENES, DRAWN_EACH = 8, 4
@@ -65,16 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workdir", default="runs/demo-images")
     flags = parser.parse_args(arguments)
     workdir = Path(flags.workdir)
-    try:
+
+    def work() -> None:
         run_training(from_config_dict(get_config()), flags.workdir)
         draw(workdir)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal_number
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code(work)
 
 
 def draw(workdir: Path) -> dict[str, Fidelity]:

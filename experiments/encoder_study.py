@@ -9,6 +9,7 @@ run again it goes on where it was. What was found is in docs/generation.md.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -22,8 +23,7 @@ from ml_collections import ConfigDict
 from experiments import quickstart, scene_judge
 from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.metrics import read_metrics
-from unihetero_jax.train import Interrupted
-from unihetero_jax.train_run import run_training
+from unihetero_jax.train_run import exit_code, run_training
 
 ENCODER_STEPS = 700
 _SG: dict[str, Any] = {"loss.target": "stop_gradient"}
@@ -99,26 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=700)
     flags = parser.parse_args(arguments)
-    folder, encoder = Path(flags.workdir), os.path.join(flags.workdir, "encoder")
-    try:
-        train_encoder(encoder)
-        runs: dict[str, dict[str, list[dict[str, Any]]]] = {share: {arm: [] for arm in ARMS} for share in TEXT_SHARES}
-        for seed in range(flags.seeds):
-            for share, text_share in TEXT_SHARES.items():
-                for arm in ARMS:
-                    workdir = folder / f"{arm.replace(', ', '-').replace(' ', '_')}-{share}-{seed}"
-                    config = from_config_dict(make_config(arm, text_share, seed, flags.steps, encoder))
-                    run_training(config, os.fspath(workdir))
-                    runs[share][arm].append(measure(workdir, flags.steps))
-                    (folder / "table.json").write_text(json.dumps(runs, indent=1) + "\n")
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal_number
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(format_table(runs))
-    return 0
+    return exit_code(lambda: print(format_table(study(Path(flags.workdir), flags.seeds, flags.steps))))
+
+
+def study(folder: Path, num_seeds: int, steps: int) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Trains what is missing, seeds outermost; {text share: {arm: what each seed found}}."""
+    encoder = os.fspath(folder / "encoder")
+    train_encoder(encoder)
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {share: {arm: [] for arm in ARMS} for share in TEXT_SHARES}
+    for seed, (share, text_share), arm in itertools.product(range(num_seeds), TEXT_SHARES.items(), ARMS):
+        workdir = folder / f"{arm.replace(', ', '-').replace(' ', '_')}-{share}-{seed}"
+        run_training(from_config_dict(make_config(arm, text_share, seed, steps, encoder)), os.fspath(workdir))
+        runs[share][arm].append(measure(workdir, steps))
+        (folder / "table.json").write_text(json.dumps(runs, indent=1) + "\n")
+    return runs
 
 
 def format_table(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> str:

@@ -30,8 +30,7 @@ from unihetero_jax.evaluation.drawings import seen_images
 from unihetero_jax.flops import model_flops, padded_work, parameter_counts
 from unihetero_jax.inference.draw import draw_images
 from unihetero_jax.loaded_run import Run, load_run
-from unihetero_jax.train import Interrupted
-from unihetero_jax.train_run import run_training
+from unihetero_jax.train_run import exit_code, run_training
 
 ARMS = ("adaptive_norm", "cross_attention", "adaptive_norm+rollout")
 ATTRIBUTES = ("object", "color", "shape", "size")
@@ -52,15 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--guidance", default="1.0,2.5", help="scales of classifier-free guidance to draw with")
     parser.add_argument("--arms", default=",".join(ARMS))
     flags = parser.parse_args(arguments)
-    try:
-        print(table(compare(flags)))
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signal_number
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(table(compare(flags))))
 
 
 def compare(flags: argparse.Namespace) -> list[Result]:

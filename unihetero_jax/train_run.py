@@ -1,7 +1,8 @@
 """`train`: what a whole run is: its scene world, its training, and its evaluation along the way and at the end."""
 
 import functools
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 from data_pipelines.scene_world import ensure_index, ensure_scene_world
 from unihetero_jax import distributed
@@ -9,7 +10,7 @@ from unihetero_jax.config import Config
 from unihetero_jax.data.mixture import image_spec
 from unihetero_jax.evaluate_run import check_evaluation, evaluate_state
 from unihetero_jax.state import TrainState
-from unihetero_jax.train import Hook, agree_on_run, train
+from unihetero_jax.train import Hook, Interrupted, agree_on_run, train
 from unihetero_jax.workdir import prepare_workdir
 
 
@@ -45,3 +46,21 @@ def _make_scene_world(config: Config) -> None:
     ensure_scene_world(world.path, world.level, world.num_scenes, spec, config.model.decoder.vocab_size, world.seed)
     if config.data.turns != "branches":  # of branches it comes with one
         ensure_index(world.path, spec, config.data.turns)
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Does the work of a program beside the command line, and says with what it ends.
+
+    Returns:
+        0; 2 after the message of what the user has to change; 128 + the signal's number of a run that was stopped and
+        has saved.
+    """
+    try:
+        work()
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signal_number
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

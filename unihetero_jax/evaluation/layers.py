@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unihetero_jax.arrays import Batch
+from unihetero_jax.arrays import Batch, VisionOutput
 from unihetero_jax.config import MERGED_PATCHES, Config, Objective, pixel_role, visual_target
 from unihetero_jax.data.labelled_images import LabelledImage
 from unihetero_jax.data.mixture import image_spec, validation_batches
@@ -271,15 +271,20 @@ def class_probes(
 @functools.partial(jax.jit, static_argnames="config")
 def _mean_states(config: Config, params: Params, batch: Batch) -> dict[str, jax.Array]:
     """Of rows `<boi>` and an image of any size: the mean over its tokens in every layer, float32[B, width]."""
-    model = build(config.model, config.objective, params)
-    vision = model.see(batch)
-    attention = decoder_attention(config.model.attention_backend, batch.segment_ids, batch.branch_ids)
-    layers = model.decoder.by_layer(model.embed(batch, vision), batch.positions, attention)
+    vision, layers = _read(config, params, batch)
     is_token = batch.patch_segment_ids[:, ::MERGED_PATCHES] > 0
     means = {"encoder": _mean(vision.merged, is_token), "input": _mean(vision.visual_embeddings, is_token)}
     return means | {
         f"layer {number + 1}": _mean(layers[number], batch.visual_mask) for number in range(layers.shape[0])
     }
+
+
+def _read(config: Config, params: Params, batch: Batch) -> tuple[VisionOutput, jax.Array]:
+    """What the vision path makes of the rows, and what each layer of the language model does, [L, B, T, D]."""
+    model = build(config.model, config.objective, params)
+    vision = model.see(batch)
+    attention = decoder_attention(config.model.attention_backend, batch.segment_ids, batch.branch_ids)
+    return vision, model.decoder.by_layer(model.embed(batch, vision), batch.positions, attention)
 
 
 def _mean(states: jax.Array, mask: jax.Array) -> jax.Array:
@@ -290,10 +295,7 @@ def _mean(states: jax.Array, mask: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="config")
 def _states(config: Config, params: Params, batch: Batch) -> dict[str, jax.Array]:
     """Of rows `<boi>` and an image: the image's tokens in every layer, float32[B, N, width]."""
-    model = build(config.model, config.objective, params)
-    vision = model.see(batch)
-    attention = decoder_attention(config.model.attention_backend, batch.segment_ids, batch.branch_ids)
-    layers = model.decoder.by_layer(model.embed(batch, vision), batch.positions, attention)
+    vision, layers = _read(config, params, batch)
     states = {"encoder": vision.merged, "input": vision.visual_embeddings}
     states |= {f"layer {number + 1}": layers[number][:, 1:] for number in range(config.model.decoder.num_layers)}
     return {name: value.astype(jnp.float32) for name, value in states.items()}
