@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy import special  # not scipy.stats, whose import takes every command a second
 
 Verdict = Literal["supported", "not supported", "inconclusive"]
 LEVEL = 0.05
@@ -105,12 +105,12 @@ def _p_value(values: np.ndarray) -> float:
     spread = values.std(ddof=1)
     if spread == 0:
         return 1.0 if values.mean() == 0 else 0.0
-    return float(2 * stats.t.sf(abs(values.mean()) / spread * math.sqrt(len(values)), len(values) - 1))
+    return float(2 * special.stdtr(len(values) - 1, -abs(values.mean()) / spread * math.sqrt(len(values))))
 
 
 def _contrast(name: str, values: np.ndarray, p_value: float, level: float, margin: float) -> Contrast:
     n, estimate, spread = len(values), float(values.mean()), float(values.std(ddof=1))
-    half = float(stats.t.ppf(1 - level / 2, n - 1)) * spread / math.sqrt(n)
+    half = _quantile(level, n) * spread / math.sqrt(n)
     low, high = estimate - half, estimate + half
     verdict: Verdict = "inconclusive"
     if low > 0 and estimate >= margin:
@@ -125,7 +125,12 @@ def _seeds_to_decide(estimate: float, spread: float, level: float, margin: float
     """Seeds at which an interval about the same estimate would be clear of 0 (at or above m) or of m (below)."""
     distance = estimate if estimate >= margin else margin - estimate
     distance = max(distance, 1e-9 * margin)
-    return _least(lambda n: stats.t.ppf(1 - level / 2, n - 1) * spread / math.sqrt(n) < distance)
+    return _least(lambda n: _quantile(level, n) * spread / math.sqrt(n) < distance)
+
+
+def _quantile(level: float, num_seeds: int) -> float:
+    """Half the width of Student's two-sided interval, in standard errors."""
+    return float(special.stdtrit(num_seeds - 1, 1 - level / 2))
 
 
 def seeds_needed(spread: float, margin: float, num_contrasts: int, level: float = LEVEL, power: float = POWER) -> int:
@@ -148,8 +153,8 @@ def seeds_needed(spread: float, margin: float, num_contrasts: int, level: float 
 
 def detects(effect: float, spread: float, num_seeds: int, level: float) -> float:
     """Probability that the interval of a true effect lies above 0."""
-    critical = stats.t.ppf(1 - level / 2, num_seeds - 1)
-    return float(stats.nct.sf(critical, num_seeds - 1, effect / spread * math.sqrt(num_seeds)))
+    critical = _quantile(level, num_seeds)
+    return float(1 - special.nctdtr(num_seeds - 1, effect / spread * math.sqrt(num_seeds), critical))
 
 
 def smallest_detectable(
