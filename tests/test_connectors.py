@@ -25,6 +25,7 @@ from unihetero_jax.sharding import activation_mesh, make_mesh, shardings_for, to
 
 KINDS = ("resampler", "qformer", "cross_attention")
 QUERIES = KINDS[:2]
+OTHERS = ("understanding", "pixel_through", "pixel_detached", "unihetero")
 NUM_HEADS, NUM_GROUPS = (make_tiny_config().model.decoder.num_heads, make_tiny_config().model.decoder.num_kv_heads)
 
 
@@ -373,6 +374,7 @@ def test_a_cached_answer_is_that_of_the_whole_row(kind):
                 np.testing.assert_allclose(log_probs[row, number], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rollout_on_eight_devices_is_that_on_one(kind):
     config = connected(kind, mesh__fsdp=4, mesh__tensor=2, train__global_batch_rows=8, eval__batch_rows=8)

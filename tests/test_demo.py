@@ -106,6 +106,7 @@ def test_scenes_imagined_for_captions_are_drawn_and_read(finished):
     assert min(picture.size) > 300 and len(picture.getcolors(2**20)) > 50
 
 
+@pytest.mark.slow
 def test_images_of_a_renderer_are_drawn_and_read(tiny_experiment, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_images, "NUM_SCENES", 9)
     monkeypatch.setattr(demo_images, "KEPT_EVERY", 1)

@@ -145,6 +145,7 @@ def test_what_cannot_be_drawn_is_said(renderer, tmp_path, refused):
     assert "--prompt says of what" in refused(*command[:-1], f"--output={tmp_path / 'o.png'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "more"), [("pixel_through", set()), ("unihetero", {"reconstructed"})])
 def test_what_a_run_draws_of_its_rollouts_is_judged(objective, more, tiny_experiment, tiny_world, tmp_path, capsys):
     """Pixel objectives draw block by block and read what they drew; a renderer draws at the end. Both are measured in

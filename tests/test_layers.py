@@ -83,10 +83,10 @@ def test_projector_gives_its_output_the_scale_of_tokens_and_restores_it_to_a_dir
     config = make_tiny_config(model__decoder__norm_eps=1e-12).model  # an epsilon that counts would not cancel
     projector = Projector(config, KEYS)
     merged = jnp.asarray(np.random.default_rng(5).standard_normal((6, 4 * config.encoder.dim)), jnp.float32)
-    z = projector(merged)
+    z = projector.of_blocks(merged)
     np.testing.assert_allclose(jnp.sqrt((z**2).mean(-1)), token_embedding_rms(config), rtol=1e-2)
     projector.norm.gain[...] = projector.norm.gain[...] * jnp.linspace(0.5, 2, config.decoder.dim)
-    z = projector(merged)
+    z = projector.of_blocks(merged)
     for scale in (0.01, 1.0, 30.0):
         np.testing.assert_allclose(projector.rescale(scale * z), z, rtol=2e-3, atol=1e-5)
 

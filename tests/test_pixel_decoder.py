@@ -155,6 +155,7 @@ def test_the_renderer_of_an_export_is_configured_by_its_step(repo_root, tmp_path
         renderer.get_config(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_choices_are_trained_drawn_and_read(tiny_experiment, tmp_path, monkeypatch, capsys):
     base = tiny_experiment(
         objective="unihetero", train__num_steps=1, drawing__steps=1, eval__validation_rows=4,

@@ -49,6 +49,7 @@ def test_passes_are_the_free_rollout(branch, cut):
             assert (np.abs(found - free)[:, exact:].max(axis=-1) > 1e-4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turns", ["branches", "repeated_prefix"])
 def test_packed_samples_are_rolled_out_as_if_alone(turns):
     """Beside an image that is only read, plain text and questions with a prefix of their own; true images stay true."""
@@ -77,6 +78,7 @@ def losses_and_gradients(config, params, batch):
     return jax.jit(jax.grad(total, has_aux=True))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", [{}, {"model__visual_branch__split_layer": 1, "loss__cut_branch_gradient": True}])
 def test_nothing_but_the_renderer_notices(branch):
     """Text and visual loss and all that they train are the same, bit for bit; the renderer has other conditions."""
@@ -95,6 +97,7 @@ def test_nothing_but_the_renderer_notices(branch):
     assert losses.sums["pixel"] != others.sums["pixel"] and losses.counts["pixel"] == others.counts["pixel"]
 
 
+@pytest.mark.slow
 def test_the_renderer_is_given_the_free_rollout():
     """`predicted_share` 1, no noise: the conditions of a step are what inference rolls out."""
     config = small_config(
@@ -109,6 +112,7 @@ def test_the_renderer_is_given_the_free_rollout():
     np.testing.assert_allclose(pixel_flow(config, output, whole, predicted)[1], free, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     """A step of a renderer that cross-attends and is trained on rollouts."""
     changes = {

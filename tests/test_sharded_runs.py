@@ -125,6 +125,7 @@ def start_by_numpy(monkeypatch):
     monkeypatch.setattr(step, "init_state", init_state)
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_is_the_run_on_one_and_goes_on_there(tiny_experiment, tmp_path, start_by_numpy):
     """Two steps on data x fsdp x tensor, then SIGTERM; the rest on one device, from the checkpoint of the eight."""
     parts = []

@@ -38,6 +38,7 @@ def test_every_byte_of_the_state_is_donated(mesh):
     assert analysis.alias_size_in_bytes == bytes_on_a_device(state)
 
 
+@pytest.mark.slow
 def test_accumulation_adds_one_gradient_and_no_copy():
     """Four microbatches against one of the same size: the running total, and the batch dealt out."""
     wide = {
@@ -54,6 +55,7 @@ def test_accumulation_adds_one_gradient_and_no_copy():
     assert added <= gradient_bytes + 2 * batch_bytes
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_costs_memory_only_without_chunks():
     """From 8k to 152k tokens; a single chunk shows that the growth would be seen."""
 

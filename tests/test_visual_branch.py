@@ -154,6 +154,7 @@ def test_settings_that_cannot_be_are_refused():
         branched(objective="pixel_detached")
 
 
+@pytest.mark.slow
 def test_staged_training_aligns_the_branch_then_goes_on_with_all(tiny_experiment, tmp_path):
     """First everything but branch and head is frozen; then a run starts from that one and trains it all. The copy of a
     decoder that is loaded is its upper layers.
