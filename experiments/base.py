@@ -93,7 +93,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "visual_ramp_steps": 200,
                 "visual_loss": "cosine",
                 "target_norm": "none",
-                "target": "ema",  # plain stop-gradient with a trainable encoder collapses within the image
+                "target": "ema",  # see LossConfig: what was measured of it, of the input cut and of frozen encoders
                 "ema_decay": 0.99,
                 "cut_input_gradient": False,
                 "cut_branch_gradient": False,
