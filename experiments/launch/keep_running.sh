@@ -8,11 +8,15 @@ set -uo pipefail
 # shellcheck source=experiments/launch/tpu.env
 . experiments/launch/tpu.env
 
-stopped="" child="" restarts=0
-trap 'stopped=yes; [[ -z $child ]] || kill -TERM "$child"' TERM
+stopped="" child="" handed_on="" restarts=0
+hand_on() { # once: a second signal would end the program at once
+  [[ -z $child || -n $handed_on ]] || { handed_on=yes; kill -TERM "$child"; }
+}
+trap 'stopped=yes; hand_on' TERM
 while [[ -z $stopped ]]; do
   "$PYTHON" -m unihetero_jax "$@" &
   child=$!
+  [[ -z $stopped ]] || hand_on # the signal came before there was a child to hand it to
   wait "$child"
   code=$?
   while kill -0 "$child" 2>/dev/null; do # the trap cut the wait short: the program is still saving
