@@ -396,6 +396,29 @@ def test_a_stopped_worker_waits_for_the_save_and_stays_down(tmp_path):
     assert log.read_text().split() == ["start", "signal", "saved"]
 
 
+def test_a_signal_that_comes_as_the_program_starts_is_handed_on_once(tmp_path):
+    """Between the start of the program and the line that remembers its number: lost in one of 15 before."""
+    for number in range(20):
+        log = tmp_path / str(number)
+        program = executable(
+            tmp_path / f"program-{number}",
+            f"trap 'echo signal >>{log}; stop=yes' TERM\necho start >>{log}\n"
+            f"while [[ -z ${{stop:-}} ]]; do sleep 0.02; done\nexit 143\n",
+        )
+        worker = subprocess.Popen(
+            ["bash", LAUNCH / "keep_running.sh", "train"], env={"PATH": PATH, "PYTHON": str(program)}, cwd=ROOT
+        )
+        try:
+            while not log.exists():
+                assert worker.poll() is None
+            worker.terminate()
+            assert worker.wait(30) == 143
+        finally:
+            worker.kill()
+            worker.wait()
+        assert log.read_text().split() == ["start", "signal"]
+
+
 @pytest.fixture
 def slice_of_one(tmp_path, printer):
     """Runs tpu_vm.sh with a `gcloud` that writes its arguments down and runs --command here, in a home of its own."""
