@@ -78,6 +78,7 @@ def test_other_connectors_collapse_from_scratch_and_the_alarm_says_how(world, tm
     gates alone is not held apart by text, and its tokens tell their place. The visual loss looks fine in all of them.
     """
     _, lines = run_of(world, tmp_path / connector, "ema", 0.5, connector)
+    print(connector, {name: round(last(lines, name), 3) for name in lines[-1]["terms"]})
     assert alarm in lines[-1]["alarms"]
     assert last(lines, "visual") < 0.1
     if alarm == "copy_distance":

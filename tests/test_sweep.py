@@ -148,6 +148,20 @@ def test_sweep_files_that_cannot_be_used_say_why(tmp_path, content, message):
         sweep.plan_file(str(path))
 
 
+def test_a_run_is_finished_when_its_rollouts_are_measured_too(tmp_path, monkeypatch):
+    """Killed between the questions and the rollouts, it would lack a row of the unbroken table."""
+    one = sweep.plan_product("experiments/quickstart.py", ["seed=0,1"])[0]
+    monkeypatch.setattr(sweep, "list_steps", lambda _: [one.config.train.num_steps])
+    (tmp_path / "eval").mkdir()
+    for name in one.config.eval.benchmarks:
+        (tmp_path / "eval" / f"{name}-2000.json").write_text("{}")
+    assert not sweep.is_finished(one, tmp_path)
+    (tmp_path / "eval" / "rollout-2000.json").write_text("{}")
+    assert sweep.is_finished(one, tmp_path)
+    with pytest.raises(ValueError, match="num_replicates > 1; the table has one model a run"):
+        sweep.plan_product("experiments/quickstart.py", ["seed=0,1", "train.num_replicates=4"])
+
+
 def test_flags_that_contradict_each_other_are_refused(tmp_path, capsys):
     assert main(["sweep", f"--workdir={tmp_path}"]) == 2
     assert "give --sweep=FILE[:SCALE], or --config=FILE" in capsys.readouterr().err

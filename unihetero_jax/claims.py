@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from unihetero_jax.verdicts import COLLAPSE_SHARE, LEAST_SEEDS, Contrast, judge
+from unihetero_jax.verdicts import COLLAPSE_SHARE, Contrast, judge
 
 COLUMNS = ("arm", "seed", "metric", "value")
 COLLAPSED = "collapsed"
@@ -189,7 +189,7 @@ def format_findings(findings: Sequence[Finding], protocol: Protocol) -> str:
     for one in findings:
         own = one.contrast
         verdict = "withheld" if wrong and one.role == "primary" else one.verdict
-        if own.num_seeds < LEAST_SEEDS:
+        if own.is_exploratory:
             verdict += " (exploratory)"
         elif own.num_seeds < protocol.num_seeds:
             verdict += f" ({own.num_seeds} of {protocol.num_seeds} planned seeds)"

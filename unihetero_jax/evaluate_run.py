@@ -114,7 +114,7 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
 
 def _check_instruments(flags: argparse.Namespace, run: Run) -> None:
     """Raises ValueError for what the flags ask and the run cannot give, before minutes go into benchmarks."""
-    if (flags.rollout or flags.rollout_judge) and not _rolls_out(run.config):
+    if (flags.rollout or flags.rollout_judge) and not draws_images(run.config):
         raise ValueError(
             "--rollout: the run draws no images; it needs eval.rollout_source, and an objective whose predictions can "
             "be fed back"
@@ -246,7 +246,7 @@ def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -
         announce(format_table(results))
         if distributed.is_lead():
             write_page(workdir)
-    if _rolls_out(config):
+    if draws_images(config):
         results["rollout"] = _roll_out(run, folder)
     return results
 
@@ -255,11 +255,12 @@ def check_evaluation(config: Config) -> None:
     """What the evaluation at the end needs is there, before hours go into training. Raises ValueError if not."""
     for path in config.eval.benchmarks.values():
         check_mode(path, read_benchmark(path), "likelihood")
-    if _rolls_out(config):
+    if draws_images(config):
         check_candidates(config, load_tokenizer(config.data.tokenizer))
 
 
-def _rolls_out(config: Config) -> bool:
+def draws_images(config: Config) -> bool:
+    """Whether an evaluation rolls images out: the run can, and names captions for it."""
     return rolls_out(config) and bool(config.eval.rollout_source)
 
 

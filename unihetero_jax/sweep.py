@@ -35,6 +35,7 @@ from unihetero_jax import flops
 from unihetero_jax.checkpoint import list_steps
 from unihetero_jax.command_line import load_experiment, load_module, with_overrides
 from unihetero_jax.config import Config, config_hash, to_dict
+from unihetero_jax.evaluate_run import draws_images
 from unihetero_jax.metrics import announce, read_metrics
 from unihetero_jax.train_run import run_training
 from unihetero_jax.workdir import RunLock, WorkdirError
@@ -135,6 +136,11 @@ def _checked(planned: list[Planned], flag: str) -> list[Planned]:
     twice = [name for name, number in Counter(one.name for one in planned).items() if number > 1]
     if twice:
         raise ValueError(f"{flag}: plans {', '.join(twice)} twice; give them different names, seeds or fields")
+    several = [one.name for one in planned if one.config.train.num_replicates > 1]
+    if several:
+        raise ValueError(
+            f"{flag}: {several[0]} has train.num_replicates > 1; the table has one model a run, set it to 1"
+        )
     return planned
 
 
@@ -181,9 +187,10 @@ def execute(planned: Sequence[Planned], workdir: Path) -> Counter[str]:
 
 
 def is_finished(one: Planned, folder: Path) -> bool:
-    """Whether the run's last step is stored and evaluated."""
+    """Whether the run's last step is stored and evaluated, its rollouts included."""
     steps = one.config.train.num_steps
-    results = [folder / "eval" / f"{name}-{steps}.json" for name in one.config.eval.benchmarks]
+    names = [*one.config.eval.benchmarks, *(["rollout"] if draws_images(one.config) else [])]
+    results = [folder / "eval" / f"{name}-{steps}.json" for name in names]
     return steps in list_steps(folder) and all(path.exists() for path in results)
 
 
