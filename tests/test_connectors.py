@@ -12,11 +12,11 @@ from conftest import make_tiny_config
 from flax import nnx
 
 from unihetero_jax import flops, gradient_table, step
-from unihetero_jax.arrays import Cache
+from unihetero_jax.arrays import NOT_VISUAL, Cache
 from unihetero_jax.config import ConfigError, rolls_out
 from unihetero_jax.data.packing import ImagePiece, PackedSample, TokenPiece
 from unihetero_jax.inference.generate import decode, draw_and_tell
-from unihetero_jax.inference.rollout import rollout
+from unihetero_jax.inference.rollout import roll_on, rollout
 from unihetero_jax.inference.sampling import GREEDY
 from unihetero_jax.model import unihetero
 from unihetero_jax.model.connectors import complete_image_mask, query_mask
@@ -347,11 +347,26 @@ def test_text_after_a_drawn_image_reads_it_and_the_one_before(kind):
         last, cache = model.decode_step(embedded, cache)
         np.testing.assert_allclose(last.text, output.hidden[:, 10 + number], atol=1e-5)
     drawn, tokens = draw_and_tell(config, params, prompts, jax.random.key(0), 2, small.EOI, 3, small.EOS, (), GREEDY)
-    assert drawn.shape == (1, 2, 32) and tokens.shape == (1, 3)
+    given = jnp.concatenate([output.vision.visual_embeddings[:, :2], drawn, output.vision.visual_embeddings[:, 4:]], 1)
+    again = forward(kind)(params, rows, given)
+    assert int(tokens[0, 0]) == int(jnp.argmax(again.hidden[0, 10] @ again.unembedding.T)), "what <eoi> says"
+    rolled, hidden, seen = roll_on(
+        config, model, *model.prefill(prompts, 13), jnp.array([[1, 2]]), 2, jax.random.key(0)
+    )
+    np.testing.assert_allclose(
+        hidden.text, forward(kind)(params, rows, with_last(given, rolled)).hidden[:, 9], atol=1e-5
+    )
+    if kind == "cross_attention":
+        np.testing.assert_array_equal(np.asarray(seen.visual.begun[0, 8:10] < NOT_VISUAL), True)
 
 
 TOKEN_FIELDS = ("tokens", "positions", "segment_ids", "branch_ids", "source_ids", "text_loss_mask", "visual_mask",
                 "visual_index", "visual_loss_mask", "boi_grid")  # fmt: skip
+
+
+def with_last(given, rolled):
+    """Embeddings of a row whose second image is the rollout."""
+    return given.at[:, 2:4].set(rolled.embeddings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
