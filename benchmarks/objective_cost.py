@@ -29,18 +29,19 @@ STEPS_PER_ROUND = 2
 MIN_ROUNDS = 5
 """Fewer give no verdict."""
 
-_EMA: dict[str, Any] = {"target": "ema"}
+_PLAIN: dict[str, Any] = {"target": "stop_gradient", "cut_input_gradient": False}
+_EMA: dict[str, Any] = {"target": "ema", "cut_input_gradient": False}
 ARMS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
-    "semantic_input, encoder frozen": ("semantic_input", ("encoder",), {"target": "stop_gradient"}),
+    "semantic_input, encoder frozen": ("semantic_input", ("encoder",), _PLAIN),
     "semantic_input, inputs cut": (
         "semantic_input", (), {"target": "stop_gradient", "cut_input_gradient": True},
     ),
     "semantic_input, EMA": ("semantic_input", (), _EMA),
     "semantic_encoder, EMA": ("semantic_encoder", (), _EMA),
     "patch, EMA": ("patch", (), _EMA),
-    "pixels": ("pixels", (), {}),
-    "pixel_through": ("pixel_through", (), {}),
-    "pixel_detached": ("pixel_detached", (), {}),
+    "pixels": ("pixels", (), _PLAIN),
+    "pixel_through": ("pixel_through", (), _PLAIN),
+    "pixel_detached": ("pixel_detached", (), _PLAIN),
     "unihetero, EMA": ("unihetero", (), _EMA),
 }  # fmt: skip
 """Arm -> objective, frozen components, and what differs in `loss`."""

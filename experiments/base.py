@@ -93,9 +93,9 @@ def get_config(arg: str = "") -> ConfigDict:
                 "visual_ramp_steps": 200,
                 "visual_loss": "cosine",
                 "target_norm": "none",
-                "target": "ema",  # see LossConfig: what was measured of it, of the input cut and of frozen encoders
+                "target": "stop_gradient",  # with the cut: what the measurements favour, see LossConfig
                 "ema_decay": 0.99,
-                "cut_input_gradient": False,
+                "cut_input_gradient": True,
                 "cut_branch_gradient": False,
                 "visual_loss_on": "generated",  # teacher-forced loss on images read first is optimistic (the leak)
                 "target_shift": 1,

@@ -26,17 +26,18 @@ from unihetero_jax.metrics import read_metrics
 from unihetero_jax.train_run import exit_code, run_training
 
 ENCODER_STEPS = 700
-_SG: dict[str, Any] = {"loss.target": "stop_gradient"}
+_SG: dict[str, Any] = {"loss.target": "stop_gradient", "loss.cut_input_gradient": False}
+_EMA: dict[str, Any] = {"loss.target": "ema", "loss.cut_input_gradient": False}
 _TRAINED = {"init_from.components": ("encoder",)}
 ARMS: dict[str, dict[str, Any]] = {
     "understanding": {"objective": "understanding"},
     "stop-gradient": _SG,
-    "EMA": {"loss.target": "ema"},
+    "EMA": _EMA,
     "inputs cut": _SG | {"loss.cut_input_gradient": True},
-    "trained encoder, EMA": _TRAINED | {"loss.target": "ema"},
-    "trained encoder, partly frozen, EMA": _TRAINED | {"loss.target": "ema", "optimizer.frozen_encoder_layers": 1},
-    "trained encoder, frozen": _TRAINED | {"optimizer.frozen": ("encoder",), "loss.target": "ema"},
-    "trained encoder, frozen, stop-gradient": _TRAINED | {"optimizer.frozen": ("encoder",)} | _SG,
+    "trained encoder, EMA": _TRAINED | _EMA,
+    "trained encoder, partly frozen, EMA": _TRAINED | _EMA | {"optimizer.frozen_encoder_layers": 1},
+    "trained encoder, frozen": _TRAINED | _EMA | {"optimizer.frozen": ("encoder",)},
+    "trained encoder, frozen, stop-gradient": _TRAINED | _SG | {"optimizer.frozen": ("encoder",)},
 }
 TEXT_SHARES = {"plenty": 0.5, "scarce": 0.1}
 COLUMNS = ("answer_nll", "retrieval", "visual", "mean_embedding", "copy_previous", "within_spread", "across_spread")

@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
     with_mixture(config, scale, ROW_TOKENS, BATCH_ROWS)
     config.optimizer.update(learning_rate=5e-4, warmup_steps=2000, beta2=0.95)
     config.loss.visual_ramp_steps = 4000  # as arXiv 2608.12209
-    config.loss.ema_decay = 0.999
+    config.loss.update(target="ema", cut_input_gradient=False, ema_decay=0.999)
     config.loss.text_chunk = 4096
     config.mesh.update(data=8, fsdp=8)
     return config

@@ -40,6 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.learning_rate = 5e-4
     config.loss.visual_ramp_steps = 1000
     config.loss.visual_weight = 0.3  # as in the quickstart
+    config.loss.update(target="ema", cut_input_gradient=False)  # as the figures of the README were measured
     config.loss.text_chunk = 256  # what a batch holds of supervised positions
     config.train.num_steps, config.train.global_batch_rows = 5400, 16
     config.train.log_every_steps, config.train.eval_every_steps = 20, 2700

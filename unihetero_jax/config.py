@@ -242,9 +242,10 @@ class ModelConfig:
 class LossConfig:
     """How the objective's terms are computed and weighted.
 
-    What was measured of collapse (docs/generation.md, three seeds each): a trained encoder that is frozen does best and
-    needs neither average nor cut. With an encoder from scratch `cut_input_gradient` was as good as the default `ema` or
-    better, and cheaper; neither the average nor a plain stop-gradient prevents collapse where text is scarce.
+    The default of `experiments/base.py`, online targets with `cut_input_gradient`, is what the measurements favour for
+    an encoder from scratch (docs/generation.md, three seeds each): as good as `ema` or better, at no cost, and tokens
+    stay apart where text is scarce, where neither the average nor a plain stop-gradient keeps them so. A trained encoder
+    that is frozen does best of all and needs neither.
 
     Attributes:
         visual_weight: lambda after the ramp.
