@@ -82,6 +82,7 @@ def get_config(arg: str = "") -> ConfigDict:
                     "predicted_share": 0.25,
                     "conditioning": "adaptive_norm",  # draws better than cross-attention (docs/generation.md)
                     "rollout_passes": 0,  # nine tokens showed no cumulative error, and a pass costs a forward pass
+                    "space": "pixels",
                 },
                 "visual_branch": {"split_layer": 0},
                 "compute_dtype": "float32",

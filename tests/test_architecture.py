@@ -29,7 +29,7 @@ LAYERS: list[set[str]] = [
         "data.roles", "data.packing", "inference.sampling", "model.layers", "model.splash", "model.attention",
         "model.vision_encoder",
         "model.connectors", "model.semantic_encoder", "model.decoder", "model.semantic_head",
-        "model.pixel_decoder", "text_loss",
+        "model.pixel_decoder", "text_loss", "patch_codec",
     },
     {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline", "hf_weights"},
     {
@@ -46,14 +46,14 @@ LAYERS: list[set[str]] = [
 ]  # fmt: skip
 """From the bottom up; a name stands for the module or for all modules of the folder."""
 
-MAX_CLOSURE_MODULES = 46
-MAX_CLOSURE_LINES = 12_500
+MAX_CLOSURE_MODULES = 47
+MAX_CLOSURE_LINES = 12_600
 """What a reader of train.py has to open (the field's trainers need 55 to 178 modules).
 
 Above the design's guide of 22 and 4,500: the step, the text loss, the gradient table, what a run reports, its traces
-and its lock, the processes, the watchdog, the digests, pretrained weights (four modules), the pixel decoder, the
-connectors, the TPU's attention and the opening of sources are modules of their own, so that each file stays short; a
-third of the lines are docstrings.
+and its lock, the processes, the watchdog, the digests, pretrained weights (four modules), the pixel decoder and its
+codec, the connectors, the TPU's attention and the opening of sources are modules of their own, so that each file stays
+short; a third of the lines are docstrings.
 """
 
 SHOWN_AS_LOADED = {"data_pipelines.report": {"packing", "row_plan", "transforms"}}
@@ -201,7 +201,7 @@ def test_model_knows_no_losses_no_data_no_mesh():
 
 def test_objectives_see_arrays_and_no_module():
     imports = package_graph()["objectives"]
-    assert imports <= {"arrays", "config", "text_loss"}, imports
+    assert imports <= {"arrays", "config", "text_loss", "patch_codec"}, imports
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, "data_pipelines", "experiments"])

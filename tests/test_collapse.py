@@ -24,7 +24,7 @@ def world(tmp_path_factory):
     return path
 
 
-def run_of(world, workdir, target, text_share, connector="mlp"):
+def run_of(world, workdir, target, text_share, connector="mlp", cut=False):
     """(all alarms that were on, metric lines) of a short run with this target, share of questions and connector."""
     config = quickstart.get_config()
     config.data.tokenizer = str(world / "tokenizer")
@@ -39,7 +39,9 @@ def run_of(world, workdir, target, text_share, connector="mlp"):
     config.train.update(num_steps=NUM_STEPS, log_every_steps=10, eval_every_steps=10_000)
     config.checkpoint.every_steps = 10_000
     config.diagnostics.across_spread_grace_steps = GRACE_STEPS
-    config.loss.update(target=target, visual_weight=1.0, visual_weight_start=1.0, visual_ramp_steps=20)
+    config.loss.update(
+        target=target, cut_input_gradient=cut, visual_weight=1.0, visual_weight_start=1.0, visual_ramp_steps=20
+    )
     config = from_config_dict(config)
     workdir.mkdir()
     proof = {"config_hash": config_hash(config), "norms": {}}

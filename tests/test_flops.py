@@ -32,6 +32,7 @@ from unihetero_jax.step import abstract_state, make_train_step
 def make_config(**fields):
     config = get_config()
     config.data.sources = {"scenes": {"path": "data/scenes", "weight": 1.0, "augment": "none"}}
+    config.loss.update(target="ema", cut_input_gradient=False)
     config.model.update_from_flattened_dict({
         "encoder.num_layers": 2, "encoder.dim": 8, "encoder.num_heads": 2, "encoder.mlp_dim": 12,
         "encoder.patch_size": 2,
@@ -155,6 +156,7 @@ def test_padded_work_is_that_of_full_rows():
         {
             "decoder.qkv_bias": True, "decoder.qk_norm": False, "decoder.tied_embeddings": False,
             "semantic_head.standardise_targets": True, "pixel_decoder.conditioning": "cross_attention",
+            "pixel_decoder.space": "dct",
         },
     ],
 )  # fmt: skip

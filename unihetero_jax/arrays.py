@@ -12,7 +12,7 @@ Shape alphabet (used by every annotation of this project):
     d  values of one head              Z  width of the visual target space
     M  width of merged features, 4E    I  images of a row
     s  side of the position table      i, o  widths before and after a linear map
-    C  width of a pixel decoder's condition
+    C  width of a pixel decoder's condition  Y  values of a patch as it is drawn
 """
 
 import dataclasses

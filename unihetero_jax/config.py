@@ -37,6 +37,7 @@ Remat = Literal["none", "dots", "full"]
 Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "dense", "jax_nn", "splash"]
 Conditioning = Literal["adaptive_norm", "cross_attention"]
+PatchSpace = Literal["pixels", "dct"]
 """How conditions reach the patches that a pixel decoder draws."""
 Turns = Literal["branches", "repeated_prefix"]
 """How independent turns of a sample lie in a row: as branches after one prefix, or each with the prefix repeated."""
@@ -206,6 +207,8 @@ class PixelDecoderConfig:
         rollout_passes: of the renderer: forward passes in which drawn images are read as the Generation Head predicted
             them, before `predicted_share` takes its predictions: after n passes the first n + 1 embeddings of an image
             are those of a free rollout. 0: teacher forcing.
+        space: what is drawn of a patch, see `patch_codec.py`: its `pixels`, or the lower half of its waves in
+            each direction (`dct`), a quarter of the values.
     """
 
     num_layers: int = 4
@@ -217,6 +220,7 @@ class PixelDecoderConfig:
     predicted_share: float = 0.25
     conditioning: Conditioning = "adaptive_norm"
     rollout_passes: int = 0
+    space: PatchSpace = "pixels"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,8 +248,8 @@ class LossConfig:
 
     The default of `experiments/base.py`, online targets with `cut_input_gradient`, is what the measurements favour for
     an encoder from scratch (docs/generation.md, three seeds each): as good as `ema` or better, at no cost, and tokens
-    stay apart where text is scarce, where neither the average nor a plain stop-gradient keeps them so. A trained encoder
-    that is frozen does best of all and needs neither.
+    stay apart where text is scarce, where neither the average nor a plain stop-gradient keeps them so. A trained
+    encoder that is frozen does best of all and needs neither.
 
     Attributes:
         visual_weight: lambda after the ramp.
@@ -608,6 +612,15 @@ def head_widths(config: SemanticHeadConfig, dim: int, target_dim: int) -> tuple[
 def patch_values(encoder: EncoderConfig) -> int:
     """Values of a patch: its pixels in three channels."""
     return 3 * encoder.patch_size**2
+
+
+def drawn_values(model: ModelConfig) -> int:
+    """Values of a patch as the pixel decoder draws it."""
+    match model.pixel_decoder.space:
+        case "pixels":
+            return patch_values(model.encoder)
+        case "dct":
+            return 3 * (model.encoder.patch_size // 2) ** 2
 
 
 def pixel_role(objective: Objective) -> PixelRole | None:

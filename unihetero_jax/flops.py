@@ -24,6 +24,7 @@ from unihetero_jax.config import (
     EncoderConfig,
     ModelConfig,
     Objective,
+    drawn_values,
     has_cross_attention,
     has_queries,
     head_widths,
@@ -357,7 +358,7 @@ def _pixel_decoder_weights(model: ModelConfig) -> int:
     """
     dim, mlp_dim = model.pixel_decoder.dim, model.pixel_decoder.mlp_dim
     block = (4 + 2 * _reads_tokens(model)) * dim**2 + 2 * dim * mlp_dim
-    return 2 * patch_values(model.encoder) * dim + model.pixel_decoder.num_layers * block
+    return 2 * drawn_values(model) * dim + model.pixel_decoder.num_layers * block
 
 
 def _pixel_control_weights(model: ModelConfig) -> int:
@@ -373,7 +374,7 @@ def _reads_tokens(model: ModelConfig) -> bool:
 
 
 def _pixel_decoder_parameters(model: ModelConfig) -> int:
-    decoder, values = model.pixel_decoder, patch_values(model.encoder)
+    decoder, values = model.pixel_decoder, drawn_values(model)
     conditions = _pixel_control_weights(model) + 2 * decoder.dim
     biases = decoder.dim + values + 2 * decoder.dim + 2 * decoder.dim
     block_biases = 6 * decoder.dim + 4 * (1 + _reads_tokens(model)) * decoder.dim + decoder.mlp_dim + decoder.dim

@@ -28,6 +28,7 @@ from unihetero_jax.config import (
     pixel_role,
     visual_target,
 )
+from unihetero_jax.patch_codec import patch_codec
 from unihetero_jax.text_loss import text_nll
 
 LossName = Literal["text", "visual", "pixel"]
@@ -316,7 +317,7 @@ def visual_flow(config: Config, output: ModelOutput, batch: Batch, target: Visio
 def pixel_flow(
     config: Config, output: ModelOutput, batch: Batch, predicted: Float[Array, "B T D"] | None = None
 ) -> tuple[Flow, Float[Array, "B U D"], Bool[Array, "B U"]]:
-    """Points on the way from patches in [-1, 1] to noise, the condition of each visual token, and whether it is given.
+    """Points on the way from patches, coded, to noise, the condition of each visual token, and whether it is given.
 
     The renderer is conditioned on the image's visual embeddings, true with noise or `predicted` from the position
     before; as an objective the decoder draws the block at t + 1 from the hidden state at t, and `pixel_detached`
@@ -332,7 +333,7 @@ def pixel_flow(
         groups = jnp.broadcast_to(jnp.arange(num_visual * MERGED_PATCHES) // MERGED_PATCHES, batch.patches.shape[:2])
     if role == "detached":
         condition = jax.lax.stop_gradient(condition)
-    clean = batch.patches.astype(jnp.float32) / 127.5 - 1.0
+    clean = patch_codec(config.model).encode(batch.patches)
     flow = draw_flow(clean, groups, _drawn_patches(config, batch), batch.row_hash, purpose=1, min_tau=MIN_TAU)
     coin = _by_group(batch.row_hash, 2, groups[:, ::MERGED_PATCHES])
     return flow, condition, coin >= config.model.pixel_decoder.condition_dropout

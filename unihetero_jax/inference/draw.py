@@ -8,10 +8,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from unihetero_jax.arrays import Flow, typechecked
-from unihetero_jax.config import Config, patch_values, pixel_role
+from unihetero_jax.config import Config, pixel_role
 from unihetero_jax.data.records import MERGE_SIZE
 from unihetero_jax.data.transforms import patchify, unpatchify
 from unihetero_jax.model.unihetero import Params, UniHetero, build
+from unihetero_jax.patch_codec import patch_codec
 
 
 def draw_images(
@@ -68,7 +69,8 @@ def follow_flow(
     Guidance (arXiv 2207.12598): velocity = without + scale (with - without); a scale of 1 costs one evaluation.
     """
     drawing = config.drawing
-    shape = (*places.shape[:2], patch_values(config.model.encoder))
+    codec = patch_codec(config.model)
+    shape = (*places.shape[:2], codec.num_values)
     one_image, given = jnp.ones(shape[:2], jnp.int32), jnp.ones(conditions.shape[:2], bool)
 
     def velocity(y: jax.Array, tau: jax.Array) -> jax.Array:
@@ -92,4 +94,4 @@ def follow_flow(
         return y - length * jnp.where(number == drawing.steps - 1, first, (first + second) / 2)
 
     drawn = jax.lax.fori_loop(0, drawing.steps, step, jax.random.normal(key, shape, jnp.float32))
-    return jnp.round(jnp.clip((drawn + 1.0) * 127.5, 0, 255)).astype(jnp.uint8)
+    return codec.decode(drawn)

@@ -30,30 +30,30 @@ _TIME_SCALE = 1000.0
 
 
 class PixelDecoder(nnx.Module):
-    """Patches in [-1, 1], so many values each, of images of any grid."""
+    """Patches of so many values each (`patch_codec`), of images of any grid."""
 
-    def __init__(self, config: PixelDecoderConfig, patch_values: int, condition_dim: int, keys: ParamKeys):
+    def __init__(self, config: PixelDecoderConfig, num_values: int, condition_dim: int, keys: ParamKeys):
         self.config = config
         dim, axes = config.dim, ("replicated", "vision_embed")
-        self.patch = Linear(patch_values, dim, axes, keys.child("patch"), use_bias=True)
+        self.patch = Linear(num_values, dim, axes, keys.child("patch"), use_bias=True)
         self.condition = Linear(condition_dim, dim, ("embed", "vision_embed"), keys.child("condition"), use_bias=True)
         self.no_condition = parameter(keys, "no_condition", (dim,), nnx.initializers.normal(0.02), axes[1:])
         self.time = MLP(dim, dim, dim, ("vision_embed", "vision_embed"), keys.child("time"))
         self.blocks = stack_layers(lambda k: _Block(config, k), config.num_layers, keys.child("blocks"))
         self.modulation = _zero_linear(dim, 2 * dim, axes, keys.child("modulation"))
-        self.out = _zero_linear(dim, patch_values, ("vision_embed", "replicated"), keys.child("out"))
+        self.out = _zero_linear(dim, num_values, ("vision_embed", "replicated"), keys.child("out"))
 
     @typechecked
     def __call__(
         self,
-        noisy: Float[Array, "B P F"],
+        noisy: Float[Array, "B P Y"],
         tau: Float[Array, "B P"],
         condition: Float[Array, "B U C"],
         is_conditioned: Bool[Array, "B U"],
         patch_coords: Int[Array, "B P 2"],
         groups: Int[Array, "B P"],
         attention: RowAttention,
-    ) -> Float[Array, "B P F"]:
+    ) -> Float[Array, "B P Y"]:
         """The velocity `eps - y_0` at every patch, float32.
 
         Args:

@@ -32,8 +32,8 @@ from unihetero_jax.config import (
     MERGED_PATCHES,
     ModelConfig,
     Objective,
+    drawn_values,
     num_branch_layers,
-    patch_values,
     pixel_role,
     target_dim,
     visual_target,
@@ -76,7 +76,7 @@ class UniHetero(nnx.Module):
             )
         if pixel_role(objective):
             self.pixel_decoder = PixelDecoder(
-                config.pixel_decoder, patch_values(config.encoder), config.decoder.dim, keys.child("pixel_decoder")
+                config.pixel_decoder, drawn_values(config), config.decoder.dim, keys.child("pixel_decoder")
             )
 
     @typechecked
@@ -127,7 +127,7 @@ class UniHetero(nnx.Module):
         flow: Flow,
         condition: Float[Array, "B U D"],
         is_conditioned: Bool[Array, "B U"],
-    ) -> Float[Array, "B P F"]:
+    ) -> Float[Array, "B P Y"]:
         """What the pixel decoder predicts at noisy patches. As renderer it sees a whole image, else one block."""
         segments = patch_segment_ids
         if pixel_role(self.objective) != "renderer":
