@@ -10,11 +10,22 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_pipelines.scene_questions import QUESTION_KINDS, Question, make_question, make_questions
-from data_pipelines.scenes import IMAGE_SIZE, Level, Scene, Split, caption, encode_png, make_scene, render, scene_rng
+from data_pipelines.scenes import (
+    IMAGE_SIZE,
+    LOCATIONS,
+    Level,
+    Scene,
+    Split,
+    caption,
+    encode_png,
+    make_scene,
+    render,
+    scene_rng,
+)
 from data_pipelines.spec_flags import add_spec_flags, spec_from_flags
 from data_pipelines.writer import FolderExists, build_index, new_folder, write_prepared
 from unihetero_jax.data.records import (
@@ -68,6 +79,27 @@ def generation_record(seed: int, split: Split, level: Level, index: int) -> Reco
     text = caption(scene, scene_rng(seed, split, level, index, "caption"))
     segments = (TextSegment(text), _image(scene, seed, split))
     return Record("scenes_generation", "image", segments, {"id": f"{split}-{index}"})
+
+
+def objects_record(seed: int, split: Split, level: Level, index: int) -> Record:
+    """A scene, then a turn for each ninth of it that holds an object, and one for one that does not: what is there.
+
+    It tells all that questions are about, place by place: the planted help of `experiments/sweeps`, and no part of an
+    ordinary mixture.
+    """
+    scene = make_scene(seed, split, level, index)
+    held: dict[str, list[str]] = {}
+    for item in scene.objects:
+        held.setdefault(scene.location(item), []).append(f"{item.size} {item.color} {item.shape}")
+    rng = scene_rng(seed, split, level, index, "part")
+    free = [place for place in LOCATIONS if place not in held]
+    if free:
+        held[free[rng.integers(len(free))]] = ["nothing"]
+    segments: list[TextSegment | ImageSegment] = [_image(scene, seed, split)]
+    for branch, (place, items) in enumerate(held.items(), start=1):
+        segments.append(TextSegment(format_prompt(f"What is {place}?"), False, branch))
+        segments.append(TextSegment(format_answer(" and ".join(items)), True, branch))
+    return Record("scenes_objects", "vqa", tuple(segments), {"id": f"{split}-{index}"})
 
 
 def _image(scene: Scene, seed: int, split: Split) -> ImageSegment:
@@ -131,11 +163,13 @@ def write_scene_world(
     vocab_size: int,
     seed: int = 0,
     items_per_kind: int = ITEMS_PER_KIND,
+    with_objects: bool = False,
 ) -> None:
     """Writes the whole folder under another name and renames it at the end, so a folder that exists is complete.
 
-    Both sources hold the same scenes, one as questions and one as captions. Validation scenes therefore have indices of
-    their own: a share of each source's records would hold pictures that the other source trains on.
+    All sources hold the same scenes, one as questions, one as captions and, `with_objects`, one as what is where.
+    Validation scenes therefore have indices of their own: a share of each source's records would hold pictures that the
+    other source trains on.
 
     Raises:
         ValueError: `num_scenes` is not positive, the level is unknown, or the folder exists (`FolderExists`).
@@ -148,20 +182,50 @@ def write_scene_world(
         texts = (s.text for i in range(min(num_scenes, 4000)) for make in (qa_record, generation_record)
                  for s in make(seed, "train", level, i).segments if isinstance(s, TextSegment))  # fmt: skip
         tokenizer = train_tokenizer(texts, vocab_size, partial / "tokenizer")
-        for name, make in (("qa", qa_record), ("generation", generation_record)):
+        for name in sources_of(with_objects):
+            make = _RECORDS[name]
             train = (make(seed, "train", level, i) for i in range(num_scenes))
             val = (make(seed, "val", level, i) for i in range(num_val_scenes(num_scenes)))
             write_prepared(train, partial / name, source=f"scenes_{name}", tokenizer=tokenizer, spec=spec,
                            licence="generated", val_samples=val)  # fmt: skip
         write_questions(partial / "questions.tsv", seed, "test", level, items_per_kind)
         write_questions(partial / "questions_heldout.tsv", seed, "heldout", level, items_per_kind)
-        settings = {"version": VERSION, "level": level, "num_scenes": num_scenes, "seed": seed}
+        settings = _settings(level, num_scenes, seed, items_per_kind, with_objects)
         (partial / "manifest.json").write_text(json.dumps(settings, indent=1) + "\n")
     _picture.cache_clear()
 
 
+def sources_of(with_objects: bool) -> tuple[str, ...]:
+    """Names of a world's sources."""
+    return ("qa", "generation", *(["objects"] if with_objects else []))
+
+
+_RECORDS: dict[str, Callable[[int, Split, Level, int], Record]] = {
+    "qa": qa_record, "generation": generation_record, "objects": objects_record,
+}  # fmt: skip
+
+
+_BEFORE = {"items_per_kind": ITEMS_PER_KIND, "with_objects": False}
+"""What a world has whose manifest does not say."""
+
+
+def _settings(level: Level, num_scenes: int, seed: int, items_per_kind: int, with_objects: bool) -> dict[str, object]:
+    """What tells a world from another."""
+    return {
+        "version": VERSION, "level": level, "num_scenes": num_scenes, "seed": seed, "items_per_kind": items_per_kind,
+        "with_objects": with_objects,
+    }  # fmt: skip
+
+
 def ensure_scene_world(
-    path: str, level: Level, num_scenes: int, spec: ImageSpec, vocab_size: int, seed: int = 0
+    path: str,
+    level: Level,
+    num_scenes: int,
+    spec: ImageSpec,
+    vocab_size: int,
+    seed: int = 0,
+    items_per_kind: int = ITEMS_PER_KIND,
+    with_objects: bool = False,
 ) -> None:
     """Makes the scene world unless it is there; says so, since it takes a while.
 
@@ -172,7 +236,7 @@ def ensure_scene_world(
     if not manifest.exists():
         print(f"scene world {path} is missing: generating {num_scenes} {level} scenes", flush=True)
         try:
-            write_scene_world(path, level, num_scenes, spec, vocab_size, seed)
+            write_scene_world(path, level, num_scenes, spec, vocab_size, seed, items_per_kind, with_objects)
             return
         except FolderExists:
             if not manifest.exists():
@@ -184,18 +248,19 @@ def ensure_scene_world(
         raise ValueError(f"{manifest} cannot be read ({error}); remove {path} to make it anew") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{manifest} holds a {type(settings).__name__}, no object; remove {path} to make it anew")
-    wanted = {"version": VERSION, "level": level, "num_scenes": num_scenes, "seed": seed}
-    other = {key: value for key, value in wanted.items() if settings.get(key) != value}
-    different = ", ".join(f"{key} {settings.get(key)!r} instead of {value!r}" for key, value in other.items())
+    wanted = _settings(level, num_scenes, seed, items_per_kind, with_objects)
+    found = _BEFORE | settings
+    other = {key: value for key, value in wanted.items() if found.get(key) != value}
+    different = ", ".join(f"{key} {found.get(key)!r} instead of {value!r}" for key, value in other.items())
     if different:
         raise ValueError(f"{path} holds another scene world ({different}); remove it, or set scene_world.path")
 
 
-def ensure_index(path: str, spec: ImageSpec, turns: Turns) -> None:
-    """Adds the index of lengths for a layout of turns to both sources of a scene world, unless it is there."""
+def ensure_index(path: str, spec: ImageSpec, turns: Turns, with_objects: bool = False) -> None:
+    """Adds the index of lengths for a layout of turns to the sources of a scene world, unless it is there."""
     tokenizer = load_tokenizer(Path(path) / "tokenizer")
     key = index_key(tokenizer.hash, spec, turns)
-    for name in ("qa", "generation"):
+    for name in sources_of(with_objects):
         if not all((Path(path) / name / "index" / f"{key}.{split}.npy").exists() for split in ("train", "val")):
             build_index(Path(path) / name, tokenizer, spec, turns)
 

@@ -126,7 +126,14 @@ def get_config(arg: str = "") -> ConfigDict:
                 "frozen_encoder_layers": 0,
             },
             "init_from": {"workdir": "", "step": -1, "components": (), "language_model": "", "vision_encoder": ""},
-            "scene_world": {"level": "none", "path": "", "num_scenes": 0, "seed": 0},
+            "scene_world": {
+                "level": "none",
+                "path": "",
+                "num_scenes": 0,
+                "seed": 0,
+                "items_per_kind": 200,
+                "with_objects": False,
+            },
             "data": {
                 "sources": {},
                 "seed": 0,

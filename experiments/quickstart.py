@@ -17,7 +17,7 @@ PATH = "data/scenes-easy"
 def get_config(arg: str = "") -> ConfigDict:
     """The quickstart; takes no argument."""
     config = base.get_config(arg)
-    config.scene_world = ConfigDict({"level": "easy", "path": PATH, "num_scenes": 20_000, "seed": 0})
+    config.scene_world.update(level="easy", path=PATH, num_scenes=20_000)
     config.data.tokenizer = f"{PATH}/tokenizer"
     config.data.sources = ConfigDict(
         {

@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     path = f"data/judge-{level}"
     config = quickstart.get_config()
     config.objective, config.seed = "understanding_i2t", SEED
-    config.scene_world = ConfigDict({"level": level, "path": path, "num_scenes": 20_000, "seed": SEED})
+    config.scene_world.update(level=level, path=path, seed=SEED)
     config.data.tokenizer = f"{path}/tokenizer"
     config.data.sources = ConfigDict({"captions": {"path": f"{path}/generation", "weight": 1.0, "augment": "none"}})
     config.eval.benchmarks, config.eval.rollout_source = ConfigDict(), ""

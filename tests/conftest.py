@@ -89,7 +89,8 @@ TINY_SCENES = 200
 def tiny_overrides(world: Path, **changes: object) -> list[str]:
     """`--config.` flags for the quickstart on `world`; `changes` use `__` for dots and come last."""
     paths = {
-        "scene_world.path": world, "scene_world.num_scenes": TINY_SCENES, "data.tokenizer": world / "tokenizer",
+        "scene_world.path": world, "scene_world.num_scenes": TINY_SCENES, "scene_world.items_per_kind": 3,
+        "data.tokenizer": world / "tokenizer",
         "data.sources.qa.path": world / "qa", "data.sources.generation.path": world / "generation",
     }  # fmt: skip
     fields = paths | TINY_MODEL | {name.replace("__", "."): value for name, value in changes.items()}

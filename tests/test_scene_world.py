@@ -36,12 +36,13 @@ from unihetero_jax.evaluation.benchmarks import read_benchmark
 SPEC = ImageSpec(8, 36, 36)
 NUM_SCENES = 120
 SEED = 5
+ITEMS = 6
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("worlds") / "easy"
-    scene_world.write_scene_world(path, "easy", NUM_SCENES, SPEC, 512, seed=SEED, items_per_kind=6)
+    scene_world.write_scene_world(path, "easy", NUM_SCENES, SPEC, 512, seed=SEED, items_per_kind=ITEMS)
     return path
 
 
@@ -98,6 +99,26 @@ def test_generation_records_are_a_caption_then_its_scene(world):
         assert all(f"{item.color} {item.shape}" in text.text for item in scene.objects)
 
 
+def test_a_source_tells_what_is_where_if_it_is_asked_for(tmp_path):
+    scene_world.write_scene_world(tmp_path / "told", "easy", 40, SPEC, 512, SEED, items_per_kind=1, with_objects=True)
+    stored = stored_records(tmp_path / "told" / "objects")
+    for record in stored:
+        image, *texts = record.segments
+        scene, picture = scene_of(record)
+        assert np.array_equal(decode_image(image.data), picture)
+        told = {prompt.text: answer for prompt, answer in zip(texts[::2], texts[1::2], strict=True)}
+        assert all(answer.loss for answer in told.values()) and not any(prompt.loss for prompt in texts[::2])
+        for item in scene.objects:
+            answer = next(answer for prompt, answer in told.items() if f"What is {scene.location(item)}?" in prompt)
+            assert f"{item.size} {item.color} {item.shape}" in answer.text
+        empty = [answer for answer in told.values() if "nothing" in answer.text]
+        assert len(empty) == 1 and len(told) == len(scene.objects) + 1, "objects of the easy world lie apart"
+    settings = json.loads((tmp_path / "told" / "manifest.json").read_text())
+    assert settings["with_objects"] is True and settings["items_per_kind"] == 1
+    scene_world.ensure_index(str(tmp_path / "told"), SPEC, "repeated_prefix", with_objects=True)
+    assert len(list((tmp_path / "told" / "objects" / "index").glob("*.train.npy"))) == 2
+
+
 def pictures(records):
     return {s.data for record in records for s in record.segments if isinstance(s, ImageSegment)}
 
@@ -152,7 +173,7 @@ def test_compositional_questions_are_about_heldout_pairs(world):
 
 def test_two_worlds_of_a_seed_are_equal_byte_by_byte(world, tmp_path):
     again = tmp_path / "again"
-    scene_world.write_scene_world(again, "easy", NUM_SCENES, SPEC, 512, seed=SEED, items_per_kind=6)
+    scene_world.write_scene_world(again, "easy", NUM_SCENES, SPEC, 512, seed=SEED, items_per_kind=ITEMS)
     files = sorted(p.relative_to(world) for p in world.rglob("*") if p.is_file())
     assert files == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
     assert all((world / name).read_bytes() == (again / name).read_bytes() for name in files)
@@ -160,13 +181,15 @@ def test_two_worlds_of_a_seed_are_equal_byte_by_byte(world, tmp_path):
 
 def test_existing_world_is_kept_and_another_is_refused(world, capsys):
     before = (world / "manifest.json").stat()
-    scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512, SEED)
+    scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512, SEED, ITEMS)
     assert capsys.readouterr().out == ""
     assert (world / "manifest.json").stat() == before
     with pytest.raises(ValueError, match=r"holds another scene world .*num_scenes 120 instead of 130"):
-        scene_world.ensure_scene_world(str(world), "easy", 130, SPEC, 512, SEED)
+        scene_world.ensure_scene_world(str(world), "easy", 130, SPEC, 512, SEED, ITEMS)
     with pytest.raises(ValueError, match=r"holds another scene world \(seed 5 instead of 0\); remove it"):
-        scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512)
+        scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512, items_per_kind=ITEMS)
+    with pytest.raises(ValueError, match=r"\(with_objects False instead of True\); remove it"):
+        scene_world.ensure_scene_world(str(world), "easy", NUM_SCENES, SPEC, 512, SEED, ITEMS, with_objects=True)
     with pytest.raises(ValueError, match="exists; remove it"):
         scene_world.write_scene_world(world, "easy", 10, SPEC, 512)
 

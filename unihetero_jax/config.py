@@ -363,12 +363,17 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SceneWorldConfig:
-    """The embedded scene world: generated into `path` when missing, from `seed`. `level` none: not used."""
+    """The embedded scene world: generated into `path` when missing, from `seed`. `level` none: not used.
+
+    It has so many benchmark questions of each kind, and `with_objects` a source that tells what is where.
+    """
 
     level: Literal["none", "easy", "hard"]
     path: str
     num_scenes: int
     seed: int = 0
+    items_per_kind: int = 200
+    with_objects: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,9 +43,12 @@ def run_training(
 def _make_scene_world(config: Config) -> None:
     world, spec = config.scene_world, image_spec(config)
     assert world.level != "none"
-    ensure_scene_world(world.path, world.level, world.num_scenes, spec, config.model.decoder.vocab_size, world.seed)
+    ensure_scene_world(
+        world.path, world.level, world.num_scenes, spec, config.model.decoder.vocab_size, world.seed,
+        world.items_per_kind, world.with_objects,
+    )  # fmt: skip
     if config.data.turns != "branches":  # of branches it comes with one
-        ensure_index(world.path, spec, config.data.turns)
+        ensure_index(world.path, spec, config.data.turns, world.with_objects)
 
 
 def exit_code(work: Callable[[], object]) -> int:
