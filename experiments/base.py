@@ -180,6 +180,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "every_steps": 0,  # only at the end
                 "caption_prompt": "Describe the image.",
                 "chat_template": False,
+                "without_image": False,
             },
             "drawing": {"sampler": "heun", "steps": 20, "guidance": 1.0},
             "diagnostics": {

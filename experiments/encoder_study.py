@@ -21,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import quickstart, scene_judge
+from experiments.scene_encoder import small_model
 from unihetero_jax.config_reading import from_config_dict
 from unihetero_jax.metrics import read_metrics
 from unihetero_jax.train_run import exit_code, run_training
@@ -42,13 +43,6 @@ ARMS: dict[str, dict[str, Any]] = {
 TEXT_SHARES = {"plenty": 0.5, "scarce": 0.1}
 COLUMNS = ("answer_nll", "retrieval", "visual", "mean_embedding", "copy_previous", "within_spread", "across_spread")
 """Beside accuracy and alarms: all on held-out scenes; the visual loss stands beside its two baselines."""
-
-
-def small_model(config: ConfigDict) -> None:
-    """Two layers each: a step takes a fraction of the quickstart's."""
-    config.model.encoder.update(num_layers=2, dim=64, num_heads=2, mlp_dim=128)
-    config.model.projector.hidden_dim = config.model.semantic_head.hidden_dim = 128
-    config.model.decoder.update(num_layers=2, dim=96, num_heads=3, num_kv_heads=1, head_dim=32, mlp_dim=192)
 
 
 def make_config(arm: str, text_share: float, seed: int, steps: int, encoder: str) -> ConfigDict:

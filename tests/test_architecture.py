@@ -40,7 +40,8 @@ LAYERS: list[set[str]] = [
     {"loaded_run"},
     {"evaluate_run"},
     {"train_run"},
-    {"sweep"},
+    {"sweep_plan"},
+    {"preregistration", "sweep"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip

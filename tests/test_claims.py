@@ -72,7 +72,7 @@ def _file(folder, table):
 
 
 def _protocol(folder):
-    return claims.read_protocol(folder / "protocol.json")
+    return claims.read_protocol(folder / "protocol.json").protocol
 
 
 def test_a_control_that_comes_out_wrong_withholds_the_verdicts(tmp_path, capsys):
@@ -82,6 +82,47 @@ def test_a_control_that_comes_out_wrong_withholds_the_verdicts(tmp_path, capsys)
     assert printed.count("withheld") == 3, "of all primary contrasts"
     assert main(write(tmp_path, rows(EFFECTS | {"shuffled": 0.1}))) == 1
     assert "shuffled (negative control) is supported" in capsys.readouterr().out
+
+
+def test_a_baseline_outside_of_the_gate_withholds_them_too(tmp_path, capsys):
+    gate = {"metric": "accuracy", "chance": 0.25, "low": 0.4, "high": 0.7}
+    for accuracy, code in ((0.9, 1), (0.7, 0), (0.3, 1)):
+        flags = [{"arm": arm, "seed": 0, "metric": "accuracy", "value": accuracy - (arm == "understanding") / 10}
+                 for arm in ("understanding", "understanding_i2t")]  # fmt: skip
+        assert main(write(tmp_path, rows() + flags, protocol(gate=gate))) == code
+        printed = capsys.readouterr().out
+        assert ("of the range of accuracy, not from 0.4 to 0.7" in printed) == bool(code)
+    assert "WITHHELD: the baseline is at 0.07" in printed, "of the one that counts"
+    assert main(write(tmp_path, rows(), protocol(gate={"metric": "accuracy"}))) == 2
+    assert "gate needs chance, high, low, metric" in capsys.readouterr().err
+
+
+def test_what_is_looked_at_without_a_claim_costs_the_others_no_level(tmp_path):
+    few = protocol(exploratory=["harms", "nothing"])
+    table = claims.read_table(_file(tmp_path, rows()))
+    write(tmp_path, rows(), few)
+    found = {one.contrast.name: one for one in claims.verify(table, _protocol(tmp_path))}
+    assert found["helps"].role == "primary" and found["helps"].contrast.level == 0.05
+    assert found["harms"].role == "exploratory"
+    assert "supported (exploratory)" in claims.format_findings(
+        list(found.values()), claims.read_protocol(tmp_path / "protocol.json")
+    )
+
+
+def test_a_pilot_says_what_can_be_seen(tmp_path):
+    """Baselines that share a level by seed: the paired spread is that of what they do not share."""
+    table = claims.read_table(_file(tmp_path, rows()))
+    values = table["answer_nll"]
+    shifted = {seed: value + 0.01 * (-1) ** seed for seed, value in values["understanding"].items()}
+    pilot = claims.read_pilot({"answer_nll": {**values, "understanding": shifted}}, _protocol(tmp_path))
+    assert pilot.num_seeds == SEEDS and pilot.spread == pytest.approx(0.01 * np.sqrt(SEEDS / (SEEDS - 1)))
+    assert pilot.correlation > 0.9 and pilot.unpaired > 3 * pilot.spread
+    text = claims.format_pilot(pilot, _protocol(tmp_path))
+    assert "16 seeds and 3 primary contrasts" in text and "a margin of 0.02 needs" in text
+    with pytest.raises(ValueError, match="at least three seeds of understanding and understanding_i2t, not 2"):
+        claims.read_pilot({"answer_nll": {name: {0: 1.0, 1: 2.0} for name in values}}, _protocol(tmp_path))
+    with pytest.raises(ValueError, match="needs answer_nll of two baselines"):
+        claims.read_pilot({"answer_nll": {"understanding": {0: 1.0}}}, _protocol(tmp_path))
 
 
 def test_a_collapsed_arm_is_labelled_and_counts(tmp_path):
@@ -114,7 +155,7 @@ def test_protocols_that_cannot_be_read_name_their_field(tmp_path, capsys):
     command = write(tmp_path, rows(), {"metric": "answer_nll"})
     assert main(command) == 2 and "contrasts, margin, metric, num_seeds are needed" in capsys.readouterr().err
     assert main(write(tmp_path, rows(), protocol(positive=["typo"]))) == 2
-    assert "control 'typo' is none of the contrasts" in capsys.readouterr().err
+    assert "positive 'typo' is none of the contrasts" in capsys.readouterr().err
     assert main(write(tmp_path, rows(), protocol(metric="nll"))) == 2
     assert "the results have no metric nll; they have answer_nll, collapsed" in capsys.readouterr().err
     (tmp_path / "protocol.json").unlink()

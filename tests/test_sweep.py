@@ -3,16 +3,19 @@
 import json
 import os
 import signal
+import subprocess
 
+import jax
 import pyarrow.parquet as pq
 import pytest
 from conftest import tiny_overrides
 
 from experiments import quickstart
-from unihetero_jax import sweep
+from unihetero_jax import claims, preregistration, sweep, sweep_plan
 from unihetero_jax.cli import main
 from unihetero_jax.command_line import with_overrides
 from unihetero_jax.config import to_dict
+from unihetero_jax.model.unihetero import init_params
 from unihetero_jax.train import Interrupted
 from unihetero_jax.workdir import RunLock
 
@@ -46,16 +49,16 @@ def rows_of(workdir):
 
 
 def test_runs_are_planned_by_arm_seed_and_hash(sweep_file):
-    planned = sweep.plan_file(f"{sweep_file}:smoke")
+    planned = sweep_plan.plan_file(f"{sweep_file}:smoke")
     assert [(one.arm, one.config.seed) for one in planned] == [("understanding", 0), ("semantic_input", 0)]
     assert planned[0].config.train.num_steps == 2
-    others = sweep.plan_file(f"{sweep_file}:scenes")
+    others = sweep_plan.plan_file(f"{sweep_file}:scenes")
     assert len({one.name for one in others}) == 4
     assert not {one.name for one in planned} & {one.name for one in others}, "a changed arm is another run"
 
 
 def test_a_plain_sweep_is_the_product_of_the_values(tmp_path):
-    planned = sweep.plan_product(
+    planned = sweep_plan.plan_product(
         "experiments/quickstart.py",
         ["seed=0,1", "loss.visual_weight=0.1,1.0", "train.num_steps=7", "optimizer.frozen=encoder,projector"],
     )
@@ -64,7 +67,7 @@ def test_a_plain_sweep_is_the_product_of_the_values(tmp_path):
     ]  # fmt: skip
     assert all(one.config.optimizer.frozen == ("encoder", "projector") for one in planned), "a tuple keeps its commas"
     with pytest.raises(ValueError, match="nothing varies"):
-        sweep.plan_product("experiments/quickstart.py", ["seed=0"])
+        sweep_plan.plan_product("experiments/quickstart.py", ["seed=0"])
 
 
 def test_what_is_missing_is_trained_once_and_the_table_holds_all(sweep_file, tmp_path, capsys, monkeypatch):
@@ -73,7 +76,7 @@ def test_what_is_missing_is_trained_once_and_the_table_holds_all(sweep_file, tmp
     command = ["sweep", f"--sweep={sweep_file}:smoke"]
     assert main([*command, f"--workdir={whole}"]) == 0
     assert "2 runs: 2 trained" in capsys.readouterr().out
-    planned, trained = sweep.plan_file(f"{sweep_file}:smoke"), []
+    planned, trained = sweep_plan.plan_file(f"{sweep_file}:smoke"), []
     run_training = sweep.run_training
 
     def interrupted(config, workdir):
@@ -97,7 +100,7 @@ def test_what_is_missing_is_trained_once_and_the_table_holds_all(sweep_file, tmp
     assert rows_of(broken) == rows_of(whole)
     found = {(row["arm"], row["seed"], row["metric"]): row["value"] for row in rows_of(whole)}
     metrics = {metric for _, _, metric in found}
-    assert {"held_out/qa/text", "held_out/generation/visual", "collapsed"} <= metrics
+    assert {"held_out/qa/text", "held_out/generation/visual", "collapsed", "pflop"} <= metrics
     assert ("understanding", 0, "held_out/generation/visual") not in found
     line = json.loads((whole / "runs" / planned[1].name / "metrics.jsonl").read_text().splitlines()[-1])
     assert found["semantic_input", 0, "held_out/qa/text"] == line["eval_loss"]["qa"]["text"]
@@ -128,7 +131,7 @@ def test_a_dry_run_does_nothing_and_an_array_gets_its_flags(sweep_file, tmp_path
     assert main([*command, "--launcher=slurm"]) == 0
     lines = (tmp_path / "w" / "overrides.txt").read_text().splitlines()
     assert len(lines) == 2 and "sbatch --array=0-1" in capsys.readouterr().out
-    arm = sweep.plan_file(f"{sweep_file}:smoke")[1]
+    arm = sweep_plan.plan_file(f"{sweep_file}:smoke")[1]
     assert lines[1].split()[0] == f"--workdir={tmp_path / 'w' / 'runs' / arm.name}"
     assert {"--config.objective=understanding", "--config.train.num_steps=2"} <= set(lines[0].split())
     started = main(["train", f"--config={tmp_path / 'base.py'}", *lines[1].split()])
@@ -145,12 +148,12 @@ def test_sweep_files_that_cannot_be_used_say_why(tmp_path, content, message):
     path = tmp_path / "wrong.py"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        sweep.plan_file(str(path))
+        sweep_plan.plan_file(str(path))
 
 
 def test_a_run_is_finished_when_its_rollouts_are_measured_too(tmp_path, monkeypatch):
     """Killed between the questions and the rollouts, it would lack a row of the unbroken table."""
-    one = sweep.plan_product("experiments/quickstart.py", ["seed=0,1"])[0]
+    one = sweep_plan.plan_product("experiments/quickstart.py", ["seed=0,1"])[0]
     monkeypatch.setattr(sweep, "list_steps", lambda _: [one.config.train.num_steps])
     (tmp_path / "eval").mkdir()
     for name in one.config.eval.benchmarks:
@@ -159,7 +162,108 @@ def test_a_run_is_finished_when_its_rollouts_are_measured_too(tmp_path, monkeypa
     (tmp_path / "eval" / "rollout-2000.json").write_text("{}")
     assert sweep.is_finished(one, tmp_path)
     with pytest.raises(ValueError, match="num_replicates > 1; the table has one model a run"):
-        sweep.plan_product("experiments/quickstart.py", ["seed=0,1", "train.num_replicates=4"])
+        sweep_plan.plan_product("experiments/quickstart.py", ["seed=0,1", "train.num_replicates=4"])
+
+
+PROTOCOL = """
+PROTOCOL = {
+    "metric": "answer_nll/scenes", "margin": 0.01, "num_seeds": 8, "matching": "data",
+    "contrasts": {"generation helps": ["semantic_input", ["understanding", "understanding_i2t"]]},
+}
+"""
+
+
+def test_a_protocol_is_registered_once_and_void_when_the_file_changes(sweep_file, tmp_path, capsys):
+    sweep_file.write_text(sweep_file.read_text() + PROTOCOL)
+    flag, workdir = f"{sweep_file}:smoke", tmp_path / "w"
+    workdir.mkdir()
+    preregistration.register(flag, workdir)
+    first = claims.read_protocol(workdir / "protocol.json")
+    assert first.protocol == sweep_plan.protocol_of(flag) and not first.voided
+    assert first.about["commit"].startswith("unknown") and len(first.about["digest"]) == 16
+    sweep_file.write_text(sweep_file.read_text().replace("0.01", "0.02"))
+    preregistration.register(flag, workdir)
+    assert claims.read_protocol(workdir / "protocol.json").protocol.margin == 0.02, "nothing had run yet"
+    (workdir / "runs" / "understanding-0-abc").mkdir(parents=True)
+    preregistration.register(flag, workdir)
+    assert not claims.read_protocol(workdir / "protocol.json").voided
+    sweep_file.write_text(sweep_file.read_text().replace("0.02", "0.001"))
+    preregistration.register(flag, workdir)
+    last = claims.read_protocol(workdir / "protocol.json")
+    assert last.protocol.margin == 0.02 and "changed after the first run" in last.voided
+    assert "VOID: " in capsys.readouterr().out
+    table = "arm,seed,metric,value\n" + "".join(
+        f"{arm},{seed},answer_nll/scenes,{1 + seed / 10 - (arm[0] == 's')}\n"
+        for arm in ("understanding", "understanding_i2t", "semantic_input") for seed in range(8)
+    )  # fmt: skip
+    (workdir / "results.csv").write_text(table)
+    assert main(["verify-claims", f"--results={workdir / 'results.csv'}"]) == 1
+    assert "WITHHELD" in capsys.readouterr().out
+
+
+def test_a_protocol_in_a_repository_names_its_commit(sweep_file, tmp_path):
+    def git(*arguments):
+        flags = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *flags, *arguments], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    sweep_file.write_text(sweep_file.read_text() + PROTOCOL)
+    (tmp_path / "w").mkdir()
+    git("init")
+    git("add", "sweep.py")
+    git("commit", "-m", "x")
+    preregistration.register(str(sweep_file), tmp_path / "w")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    assert claims.read_protocol(tmp_path / "w" / "protocol.json").about["commit"] == head
+    sweep_file.write_text(sweep_file.read_text() + "\n")
+    preregistration.register(str(sweep_file), tmp_path / "w")
+    assert claims.read_protocol(tmp_path / "w" / "protocol.json").about["commit"] == f"not committed (HEAD {head})"
+
+
+def arms(**by_arm):
+    """A planned run for each arm, by its overrides."""
+    values = quickstart.get_config().to_dict()
+    return [sweep_plan.Planned(arm, with_overrides(values, overrides)) for arm, overrides in by_arm.items()]
+
+
+def test_arms_have_in_common_what_the_protocol_says():
+    base = ["objective=understanding"]
+    generating = ["objective=semantic_input", "data.sources.generation.text_loss=none"]
+    preregistration.check_matching(arms(a=base, b=generating), "data")
+    preregistration.check_matching(arms(a=base, b=[*base, "train.num_steps=9"]), "none")
+    for override, field in (
+        ("train.num_steps=9", "train.num_steps"), ("data.seed=1", "data.seed"),
+        ("data.sources.qa.weight=0.1", "data.sources.qa.weight"),
+        ("scene_world.num_scenes=9", "scene_world.num_scenes"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"differ in {field}"):
+            preregistration.check_matching(arms(a=base, b=[*base, override]), "data")
+    preregistration.check_matching(arms(a=base, b=[*base, "seed=1", "train.num_steps=9"]), "data")  # another seed's
+    with pytest.raises(ValueError, match=r"has \S+ flops, b-0-"):
+        preregistration.check_matching(arms(a=base, b=generating), "flops")
+    ratio = sweep_plan.run_flops(arms(a=base)[0].config) / sweep_plan.run_flops(arms(a=generating)[0].config)
+    fewer = [*generating, f"train.num_steps={round(2000 * ratio)}"]
+    preregistration.check_matching(arms(a=base, b=fewer), "flops")
+    with pytest.raises(ValueError, match=r"has \S+ parameters, b-0-\S+ \S+: more than 1% apart"):
+        preregistration.check_matching(arms(a=base, b=generating), "parameters")
+    head = sum(x.size for x in jax.tree.leaves(jax.eval_shape(
+        lambda: init_params(arms(a=generating)[0].config.model, "semantic_input", 0)["semantic_head"])))  # fmt: skip
+    wider = [*base, f"model.decoder.mlp_dim={384 + round(head / (3 * 3 * 128) / 2) * 2}"]
+    preregistration.check_matching(arms(a=wider, b=generating), "parameters")
+
+
+def test_a_dry_run_says_what_the_planned_seeds_can_show(sweep_file, tmp_path, capsys):
+    command = ["sweep", f"--sweep={sweep_file}:smoke", f"--workdir={tmp_path / 'w'}", "--dry-run"]
+    pilot = tmp_path / "pilot.csv"
+    pilot.write_text("arm,seed,metric,value\n" + "".join(
+        f"{arm},{seed},answer_nll/scenes,{0.5 + (seed % 3 + ord(arm[-1])) % 3 / 100}\n"
+        for arm in ("understanding", "understanding_i2t") for seed in range(6)
+    ))  # fmt: skip
+    assert main([*command, f"--pilot={pilot}"]) == 2
+    assert "no PROTOCOL" in capsys.readouterr().err
+    sweep_file.write_text(sweep_file.read_text() + PROTOCOL)
+    assert main(command) == 0 and "unknown without --pilot" in capsys.readouterr().out
+    assert main([*command, f"--pilot={pilot}"]) == 0
+    assert "smallest detectable difference with 8 seeds and 1 primary contrasts" in capsys.readouterr().out
 
 
 def test_flags_that_contradict_each_other_are_refused(tmp_path, capsys):
@@ -170,8 +274,8 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path, capsys):
 
 
 def test_the_shipped_sweeps_plan_runs_that_are_valid():
-    planned = sweep.plan_file("experiments/sweeps/claim1_semantics_not_pixels.py:smoke")
+    planned = sweep_plan.plan_file("experiments/sweeps/claim1_semantics_not_pixels.py:smoke")
     assert len(planned) == 4 + 5 * 3 and len({one.name for one in planned}) == len(planned)
     with pytest.raises(ValueError, match="there are smoke, scenes"):
-        sweep.plan_file("experiments/sweeps/claim1_semantics_not_pixels.py:moon")
+        sweep_plan.plan_file("experiments/sweeps/claim1_semantics_not_pixels.py:moon")
     assert os.path.exists("experiments/sweeps/__init__.py")

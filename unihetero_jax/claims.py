@@ -9,20 +9,36 @@ import csv
 import dataclasses
 import json
 import math
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from unihetero_jax.verdicts import COLLAPSE_SHARE, Contrast, judge
+from unihetero_jax.verdicts import COLLAPSE_SHARE, POWER, Contrast, judge, seeds_needed, smallest_detectable
 
 COLUMNS = ("arm", "seed", "metric", "value")
 COLLAPSED = "collapsed"
+CLAIMS = ("primary", "exploratory")
+"""Roles of contrasts that are no planted controls."""
 
 Table = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Metric -> arm -> seed -> value."""
+
+
+Matching = Literal["none", "data", "flops", "parameters"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """Bounds of an accuracy's share of the range from chance to 1."""
+
+    metric: str
+    chance: float
+    low: float
+    high: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +52,9 @@ class Protocol:
         num_seeds: planned for every arm.
         positive: contrasts among them whose effect was planted: they must be supported.
         negative: contrasts of planted nothing: they must not be supported.
+        exploratory: contrasts that are looked at without a claim: they have the whole level, and a label.
+        matching: what all arms have in common, as `sweep` checks it before it trains anything.
+        gate: where the better baseline has to lie, or the runs are too short or too long to show an effect.
     """
 
     metric: str
@@ -44,6 +63,24 @@ class Protocol:
     num_seeds: int
     positive: tuple[str, ...] = ()
     negative: tuple[str, ...] = ()
+    exploratory: tuple[str, ...] = ()
+    matching: Matching = "none"
+    gate: Gate | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """A protocol, and what is known of its history.
+
+    Attributes:
+        protocol: what was fixed.
+        about: file, digest, commit and date of its registration; empty of a protocol that was written by hand.
+        voided: why it counts no longer; empty if it does.
+    """
+
+    protocol: Protocol
+    about: Mapping[str, Any]
+    voided: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +91,7 @@ class Finding:
         contrast: from `verdicts.judge`.
         arm, baseline: that were compared.
         collapsed: runs of the arm that collapsed, of all.
-        role: `primary`, `positive` or `negative` control.
+        role: `primary`, `exploratory`, or the control `positive` or `negative`.
     """
 
     contrast: Contrast
@@ -70,30 +107,59 @@ class Finding:
         return f"collapsed in {bad} of {number}" if bad > COLLAPSE_SHARE * number else self.contrast.verdict
 
 
-def read_protocol(path: Path) -> Protocol:
-    """From JSON.
+def read_protocol(path: Path) -> Registered:
+    """From JSON: as a sweep registered it, or written by hand.
 
     Raises:
         ValueError: a field is missing, unknown or of no sense; names file and field.
     """
     values = _json(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a protocol is an object, not {type(values).__name__}")
+    about, changed = values.pop("registered", {}), values.pop("changed", [])
+    voided = f"{about.get('file')} changed after the first run ({', '.join(changed)})" if changed else ""
+    return Registered(parse_protocol(values, str(path)), about, voided)
+
+
+def parse_protocol(values: Mapping[str, Any], path: str) -> Protocol:
+    """From plain values; `path` says where they come from.
+
+    Raises:
+        ValueError: a field is missing, unknown or of no sense; names file and field.
+    """
     names = {field.name for field in dataclasses.fields(Protocol)}
     required = {field.name for field in dataclasses.fields(Protocol) if field.default is dataclasses.MISSING}
-    if not isinstance(values, dict) or set(values) - names or required - set(values):
+    if set(values) - names or required - set(values):
         raise ValueError(
             f"{path}: fields {', '.join(sorted(required))} are needed, {', '.join(sorted(names - required))} may be "
-            f"given; found {', '.join(values) if isinstance(values, dict) else type(values).__name__}"
+            f"given; found {', '.join(values)}"
         )
     contrasts = {}
     for name, pair in values["contrasts"].items():
-        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
             raise ValueError(f"{path}: contrasts.{name}: give [arm, baseline] or [arm, [baseline, baseline]]")
         contrasts[name] = (pair[0], (pair[1],) if isinstance(pair[1], str) else tuple(pair[1]))
-    controls = {name: tuple(values.get(name, ())) for name in ("positive", "negative")}
-    for name in (*controls["positive"], *controls["negative"]):
-        if name not in contrasts:
-            raise ValueError(f"{path}: control {name!r} is none of the contrasts ({', '.join(contrasts)})")
-    return Protocol(values["metric"], float(values["margin"]), contrasts, int(values["num_seeds"]), **controls)
+    roles = {name: tuple(values.get(name, ())) for name in ("positive", "negative", "exploratory")}
+    for role, own in roles.items():
+        for name in own:
+            if name not in contrasts:
+                raise ValueError(f"{path}: {role} {name!r} is none of the contrasts ({', '.join(contrasts)})")
+    matching = values.get("matching", "none")
+    if matching not in typing.get_args(Matching):
+        raise ValueError(f"{path}: matching {matching!r}; there are {', '.join(typing.get_args(Matching))}")
+    return Protocol(
+        values["metric"], float(values["margin"]), contrasts, int(values["num_seeds"]), matching=matching,
+        gate=_gate(values.get("gate"), path), **roles,
+    )  # fmt: skip
+
+
+def _gate(values: Any, path: str) -> Gate | None:
+    if values is None:
+        return None
+    names = {field.name for field in dataclasses.fields(Gate)}
+    if not isinstance(values, Mapping) or set(values) != names:
+        raise ValueError(f"{path}: gate needs {', '.join(sorted(names))}")
+    return Gate(**values)
 
 
 def _json(path: Path) -> Any:
@@ -133,7 +199,7 @@ def read_table(path: Path) -> Table:
 
 
 def verify(table: Table, protocol: Protocol) -> list[Finding]:
-    """A finding for each contrast, in the protocol's order. A control is no primary contrast: it has the whole level.
+    """A finding for each contrast, in the protocol's order. Those that are not primary have the whole level each.
 
     Raises:
         ValueError: the table lacks the metric, an arm, or seeds that an arm has and its baseline has not.
@@ -156,60 +222,130 @@ def verify(table: Table, protocol: Protocol) -> list[Finding]:
         name: [values[baseline][seed] - values[arm][seed] for seed in sorted(values[arm])]
         for name, (arm, baseline) in pairs.items()
     }
-    controls = dict.fromkeys(protocol.positive, "positive") | dict.fromkeys(protocol.negative, "negative")
-    primary = {name: own for name, own in differences.items() if name not in controls}
+    roles = {name: role for role in ("positive", "negative", "exploratory") for name in getattr(protocol, role)}
+    primary = {name: own for name, own in differences.items() if name not in roles}
     judged = {one.name: one for one in judge(primary, protocol.margin)} if primary else {}
-    for name in controls:
+    for name in roles:
         judged[name] = judge({name: differences[name]}, protocol.margin)[0]
     found = []
     for name, (arm, baseline) in pairs.items():
         flags = table.get(COLLAPSED, {}).get(arm, {})
         collapsed = sum(value > 0 for value in flags.values()), len(values[arm])
-        found.append(Finding(judged[name], arm, baseline, collapsed, controls.get(name, "primary")))
+        found.append(Finding(judged[name], arm, baseline, collapsed, roles.get(name, "primary")))
     return found
 
 
-def wrong_controls(findings: Sequence[Finding]) -> list[str]:
-    """Planted controls that came out wrong: then the instrument cannot be believed, and no verdict is given."""
-    return [
-        f"{one.contrast.name} ({one.role} control) is {one.verdict}"
+def why_withheld(findings: Sequence[Finding], registered: Registered, gate: str = "") -> list[str]:
+    """Why no verdict is given: the protocol is void, the gate was missed, or a planted control came out wrong, so that
+    the instrument cannot be believed.
+    """
+    return [reason for reason in (registered.voided, gate) if reason] + [
+        f"{one.contrast.name} ({one.role} control) is {one.verdict}; the instrument does not find what was planted"
         for one in findings
         if (one.role == "positive" and one.contrast.verdict != "supported")
         or (one.role == "negative" and one.contrast.verdict == "supported")
     ]
 
 
-def format_findings(findings: Sequence[Finding], protocol: Protocol) -> str:
-    """What the command prints."""
+def missed_gate(table: Table, findings: Sequence[Finding], gate: Gate | None) -> str:
+    """Where the better baseline lies if that is outside of the gate; empty if it is inside, or there is none.
+
+    Raises:
+        ValueError: the table lacks the gate's metric.
+    """
+    if gate is None:
+        return ""
+    if gate.metric not in table:
+        raise ValueError(f"the results have no metric {gate.metric}, which the gate needs")
+    own = table[gate.metric]
+    best = max(np.mean(list(own[name].values())) for name in {one.baseline for one in findings if one.baseline in own})
+    share = (best - gate.chance) / (1 - gate.chance)
+    if gate.low <= share <= gate.high:
+        return ""
+    return f"the baseline is at {share:.2f} of the range of {gate.metric}, not from {gate.low} to {gate.high}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pilot:
+    """What runs of the baselines alone say of the noise.
+
+    Attributes:
+        num_seeds: of each baseline.
+        spread: standard deviation of the paired difference of two baselines.
+        unpaired: the same if their seeds were drawn apart.
+        correlation: of two baselines over seeds; pairing helps where it is positive.
+    """
+
+    num_seeds: int
+    spread: float
+    unpaired: float
+    correlation: float
+
+
+def read_pilot(table: Table, protocol: Protocol) -> Pilot:
+    """From a table that has the first two baselines of the protocol with the same seeds.
+
+    Raises:
+        ValueError: there is one baseline alone, or the table lacks it, or fewer than three seeds of both.
+    """
+    baselines = list(dict.fromkeys(name for _, names in protocol.contrasts.values() for name in names))[:2]
+    values = table.get(protocol.metric, {})
+    if len(baselines) < 2 or not set(baselines) <= set(values):
+        raise ValueError(f"a pilot needs {protocol.metric} of two baselines ({', '.join(baselines)}); "
+                         f"there are {', '.join(sorted(values)) or 'none'}")  # fmt: skip
+    seeds = sorted(set(values[baselines[0]]) & set(values[baselines[1]]))
+    if len(seeds) < 3:
+        raise ValueError(f"a pilot needs at least three seeds of {' and '.join(baselines)}, not {len(seeds)}")
+    first, second = (np.array([values[name][seed] for seed in seeds]) for name in baselines)
+    unpaired = math.sqrt(first.var(ddof=1) + second.var(ddof=1))
+    return Pilot(len(seeds), float((first - second).std(ddof=1)), unpaired, float(np.corrcoef(first, second)[0, 1]))
+
+
+def format_pilot(pilot: Pilot, protocol: Protocol) -> str:
+    """What can be seen with the planned seeds, and how many the margin needs."""
+    num_primary = len(protocol.contrasts) - len({*protocol.positive, *protocol.negative, *protocol.exploratory})
+    least = smallest_detectable(pilot.spread, protocol.num_seeds, max(num_primary, 1))
+    needed = seeds_needed(pilot.spread, protocol.margin, max(num_primary, 1))
+    return (
+        f"pilot of {pilot.num_seeds} seeds: {protocol.metric} of paired runs differs by a spread of {pilot.spread:.4f} "
+        f"({pilot.unpaired:.4f} unpaired, correlation {pilot.correlation:.2f})\n"
+        f"smallest detectable difference with {protocol.num_seeds} seeds and {num_primary} primary contrasts: "
+        f"{least:.4f} (power {POWER:g}); a margin of {protocol.margin:g} needs {needed} seeds"
+    )
+
+
+def format_findings(findings: Sequence[Finding], registered: Registered, gate: str = "") -> str:
+    """What the command prints; `gate` says that it was missed."""
+    protocol = registered.protocol
     lines = [
         f"{protocol.metric}, baseline less arm; margin {protocol.margin:g}; planned seeds {protocol.num_seeds}",
         f"{'contrast':<44}{'estimate':>10}{'interval':>22}{'seeds':>7}  verdict",
     ]
-    wrong = wrong_controls(findings)
+    withheld = why_withheld(findings, registered, gate)
     for one in findings:
         own = one.contrast
-        verdict = "withheld" if wrong and one.role == "primary" else one.verdict
-        if own.is_exploratory:
+        verdict = "withheld" if withheld and one.role in CLAIMS else one.verdict
+        if own.is_exploratory or one.role == "exploratory":
             verdict += " (exploratory)"
         elif own.num_seeds < protocol.num_seeds:
             verdict += f" ({own.num_seeds} of {protocol.num_seeds} planned seeds)"
         if own.seeds_to_decide and verdict.startswith("inconclusive"):
             verdict += f"; {own.seeds_to_decide} seeds would decide"
-        label = own.name if one.role == "primary" else f"{own.name} [{one.role} control]"
+        label = own.name if one.role in CLAIMS else f"{own.name} [{one.role} control]"
         interval = f"{own.low:.4f} to {own.high:.4f}"
         lines.append(f"{label:<44}{own.estimate:>10.4f}{interval:>22}{own.num_seeds:>7}  {verdict}")
-    lines += [f"WITHHELD: {fault}; the instrument does not find what was planted" for fault in wrong]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"WITHHELD: {reason}" for reason in withheld)])
 
 
-def to_json(findings: Sequence[Finding], protocol: Protocol) -> dict[str, Any]:
+def to_json(findings: Sequence[Finding], registered: Registered, gate: str = "") -> dict[str, Any]:
     """Everything that was printed, for files."""
-    wrong = wrong_controls(findings)
+    withheld = why_withheld(findings, registered, gate)
     rows = [
         {"arm": one.arm, "baseline": one.baseline, "role": one.role, "collapsed": list(one.collapsed),
-         "verdict": "withheld" if wrong and one.role == "primary" else one.verdict,
+         "verdict": "withheld" if withheld and one.role in CLAIMS else one.verdict,
          **{name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in dataclasses.asdict(one.contrast).items() if name != "verdict"}}
         for one in findings
     ]  # fmt: skip
-    return {"protocol": dataclasses.asdict(protocol), "findings": rows, "wrong_controls": wrong}
+    protocol = dataclasses.asdict(registered.protocol)
+    return {"protocol": protocol, "registered": dict(registered.about), "findings": rows, "withheld": withheld}

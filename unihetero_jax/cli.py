@@ -13,7 +13,18 @@ from pathlib import Path
 import numpy as np
 
 from experiments import base as base_experiment
-from unihetero_jax import claims, compile_ahead, data_stats, distributed, explain, export, stored_steps, sweep
+from unihetero_jax import (
+    claims,
+    compile_ahead,
+    data_stats,
+    distributed,
+    explain,
+    export,
+    preregistration,
+    stored_steps,
+    sweep,
+    sweep_plan,
+)
 from unihetero_jax.checkpoint import SaveError
 from unihetero_jax.command_line import load_experiment, parse_arguments, parse_config_flags, with_overrides
 from unihetero_jax.data.records import RecordError, format_prompt, probe_image
@@ -174,6 +185,10 @@ def _parser() -> argparse.ArgumentParser:
     sweeps.add_argument("--workdir", required=True)
     sweeps.add_argument("--dry-run", action="store_true", help="say what there is to do, and do nothing")
     sweeps.add_argument(
+        "--pilot", default="", metavar="TABLE",
+        help="with --dry-run: results of the baselines alone, to say which difference the planned seeds can show",
+    )  # fmt: skip
+    sweeps.add_argument(
         "--launcher", choices=("local", "slurm", "jobset"), default="local",
         help="local: here, one after another; else write the flags of the missing runs for an array",
     )  # fmt: skip
@@ -278,17 +293,18 @@ def _compare(flags: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _verify_claims(flags: argparse.Namespace, overrides: list[str]) -> int:
-    """Returns 0, or `EXIT_WITHHELD` where a planted control came out wrong."""
+    """Returns 0, or `EXIT_WITHHELD` where no verdict is given."""
     if overrides:
         raise ValueError(f"{overrides[0]}: verify-claims takes no --config fields")
     results = Path(flags.results)
     table = claims.read_table(results)
-    protocol = claims.read_protocol(Path(flags.protocol or results.parent / "protocol.json"))
-    findings = claims.verify(table, protocol)
-    print(claims.format_findings(findings, protocol))
+    registered = claims.read_protocol(Path(flags.protocol or results.parent / "protocol.json"))
+    findings = claims.verify(table, registered.protocol)
+    gate = claims.missed_gate(table, findings, registered.protocol.gate)
+    print(claims.format_findings(findings, registered, gate))
     if flags.output:
-        write_json(to_path(flags.output), claims.to_json(findings, protocol))
-    return EXIT_WITHHELD if claims.wrong_controls(findings) else 0
+        write_json(to_path(flags.output), claims.to_json(findings, registered, gate))
+    return EXIT_WITHHELD if claims.why_withheld(findings, registered, gate) else 0
 
 
 def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:
@@ -297,12 +313,17 @@ def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError("sweep: give --sweep=FILE[:SCALE], or --config=FILE with fields of several values")
     if flags.sweep and overrides:
         raise ValueError(f"{overrides[0]}: a sweep file says all fields itself; change it, or leave --sweep out")
-    planned = sweep.plan_file(flags.sweep) if flags.sweep else sweep.plan_product(flags.config, overrides)
+    planned = sweep_plan.plan_file(flags.sweep) if flags.sweep else sweep_plan.plan_product(flags.config, overrides)
     workdir = Path(flags.workdir)
+    protocol = sweep_plan.protocol_of(flags.sweep) if flags.sweep else None
+    if protocol:
+        preregistration.check_matching(planned, protocol.matching)
     if flags.dry_run:
-        print(sweep.describe(planned, workdir))
+        print(sweep.describe(planned, workdir, _power(flags.pilot, protocol)))
         return 0
     workdir.mkdir(parents=True, exist_ok=True)
+    if flags.sweep:
+        preregistration.register(flags.sweep, workdir)
     if flags.launcher != "local":
         _write_array(flags, planned, workdir)
         return 0
@@ -312,9 +333,20 @@ def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:
     return EXIT_FAILED_RUNS if counts["failed"] else 0
 
 
-def _write_array(flags: argparse.Namespace, planned: list[sweep.Planned], workdir: Path) -> None:
+def _power(pilot: str, protocol: claims.Protocol | None) -> str:
+    """What a pilot's noise lets the planned seeds see."""
+    if protocol is None:
+        if pilot:
+            raise ValueError(f"--pilot={pilot}: the sweep has no PROTOCOL whose metric it could be asked for")
+        return ""
+    if not pilot:
+        return "smallest detectable difference: unknown without --pilot=TABLE (runs of the baselines)"
+    return claims.format_pilot(claims.read_pilot(claims.read_table(Path(pilot)), protocol), protocol)
+
+
+def _write_array(flags: argparse.Namespace, planned: list[sweep_plan.Planned], workdir: Path) -> None:
     """The flags of the missing runs, a line each, and how they are started; nothing is submitted."""
-    base = sweep.base_of(flags.sweep) if flags.sweep else flags.config
+    base = sweep_plan.base_of(flags.sweep) if flags.sweep else flags.config
     lines = sweep.override_lines(planned, load_experiment(base), workdir)
     path = workdir / "overrides.txt"
     path.write_text("\n".join(lines) + "\n")

@@ -479,6 +479,8 @@ class EvalConfig:
     longer belongs beside the run (`evaluate --watch`). `caption_prompt` asks for a caption where a benchmark has no
     question.
 
+    `without_image` also asks without the picture at the end of training: what the model knows blind.
+
     `chat_template` asks as the tokenizer's chat template has it, for models that were trained to answer so (a run of
     `train` reads its records as they are, without one).
 
@@ -497,6 +499,7 @@ class EvalConfig:
     every_steps: int = 0
     caption_prompt: str = "Describe the image."
     chat_template: bool = False
+    without_image: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -241,7 +241,7 @@ def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -
     if config.eval.benchmarks:
         results = evaluate(
             config, model_of(run), tokenizer, config.eval.benchmarks, step=step, config_hash=run.config_hash,
-            output_dir=folder,
+            output_dir=folder, without_image=config.eval.without_image,
         )  # fmt: skip
         announce(format_table(results))
         if distributed.is_lead():

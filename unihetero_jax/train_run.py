@@ -26,7 +26,7 @@ def run_training(
     prepare_workdir(workdir)  # before minutes go into a scene world
     world = config.scene_world
     if world.level != "none":
-        make = functools.partial(_make_scene_world, config)
+        make = functools.partial(make_scene_world, config)
         distributed.lead_first("scene-world", make, make)
     check_evaluation(config)
     evaluate_now = functools.partial(evaluate_state, config, workdir)
@@ -40,7 +40,8 @@ def run_training(
     return train(config, workdir, hooks, evaluate_now, change_mixture, profile)
 
 
-def _make_scene_world(config: Config) -> None:
+def make_scene_world(config: Config) -> None:
+    """Generates the configured scene world, and the index for its layout of turns, unless they are there."""
     world, spec = config.scene_world, image_spec(config)
     assert world.level != "none"
     ensure_scene_world(

@@ -149,7 +149,8 @@ def evaluate(
         output_dir: folder of the result files, created if missing; normally `<workdir>/eval`. None writes nothing.
         mode: see above.
         without_image: also score with the picture left out of the prompt (`likelihood`, `letters`): adds
-            `accuracy_without_image`, the blind accuracy of this very model, and `accuracy_prior_normalized`, which
+            `accuracy_without_image`, the blind accuracy of this very model, `answer_nll_per_token_without_image`,
+            and `accuracy_prior_normalized`, which
             ranks by how much the picture raises an option's log-probability.
         prior: adds `training_prior`, see `split_by_prior` (`likelihood`, `letters`).
         replicate: of a run with several; it names the files, but for the first.
@@ -352,6 +353,7 @@ def _add_blind(
         for category, summary in by_category.items():
             own = [hit for item, hit in zip(items, right, strict=True) if item.category == category]
             summary[key] = sum(own) / len(own)
+    overall["answer_nll_per_token_without_image"] = summarize(items, blind)["answer_nll_per_token"]
     seen, unseen = ([s.by_sum == i.answer for i, s in zip(items, them, strict=True)] for them in (scores, blind))
     for name, prior in (("right", True), ("wrong", False)):
         with_it = [right for right, prior_right in zip(seen, unseen, strict=True) if prior_right == prior]

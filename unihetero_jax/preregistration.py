@@ -1,0 +1,110 @@
+"""What is fixed before the runs of a sweep: its protocol, and what all of its arms have in common."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from unihetero_jax import flops
+from unihetero_jax.claims import Matching
+from unihetero_jax.config import Config, to_dict
+from unihetero_jax.metrics import announce
+from unihetero_jax.sweep_plan import Planned, flat_fields, path_of, protocol_of, run_flops
+from unihetero_jax.workdir import write_atomically
+
+PROTOCOL_FILE = "protocol.json"
+MATCHED_WITHIN = 0.01
+
+
+def register(flag: str, workdir: Path) -> None:
+    """Writes the sweep file's protocol beside the results, once; voids it where the file has changed since a run."""
+    protocol = protocol_of(flag)
+    if protocol is None:
+        return
+    path, target = path_of(flag), workdir / PROTOCOL_FILE
+    about = {
+        "file": os.fspath(path), "digest": hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
+        "commit": _commit_of(path), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    has_runs = any((workdir / "runs").glob("*"))
+    if target.exists() and has_runs:
+        stored = json.loads(target.read_text())
+        if stored["registered"]["digest"] == about["digest"]:
+            return
+        stored["changed"] = [*stored.get("changed", []), f"{about['digest']} on {about['date']}"]
+        announce(f"VOID: {path} is not what {target} registered on {stored['registered']['date']}; `verify-claims` "
+                 "gives no verdicts. Use another workdir to begin anew")  # fmt: skip
+    else:
+        stored = dataclasses.asdict(protocol) | {"registered": about}
+    write_atomically(target, json.dumps(stored, indent=1) + "\n")
+
+
+def _commit_of(path: Path) -> str:
+    """The commit that holds the file as it is, or why there is none."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=path.resolve().parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        if git("status", "--porcelain", "--", path.name):
+            return f"not committed (HEAD {git('rev-parse', 'HEAD')})"
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: no git repository"
+
+
+def check_matching(planned: Sequence[Planned], matching: Matching) -> None:
+    """Whether the runs of each seed have in common what the protocol says.
+
+    `data`: samples, order, initialisation, batch and steps; which of them carry a loss may differ. `flops`: model FLOPs
+    of the whole run within 1%. `parameters`: the data, and trained parameters within 1%.
+
+    Raises:
+        ValueError: two runs differ; names both and what differs.
+    """
+    by_seed: dict[int, list[Planned]] = {}
+    for one in planned:
+        by_seed.setdefault(one.config.seed, []).append(one)
+    for first, *others in by_seed.values():
+        for other in others:
+            if matching in ("data", "parameters"):
+                _check_equal_data(first, other)
+            if matching in ("flops", "parameters"):
+                _check_equal_cost(first, other, run_flops if matching == "flops" else _trained_parameters, matching)
+
+
+def _check_equal_data(first: Planned, other: Planned) -> None:
+    found = [flat_fields(_seen_data(one.config)) for one in (first, other)]
+    differing = sorted(path for path in {**found[0], **found[1]} if found[0].get(path) != found[1].get(path))
+    if differing:
+        raise ValueError(f"matching: {first.name} and {other.name} differ in {', '.join(differing)}")
+
+
+def _seen_data(config: Config) -> dict[str, Any]:
+    """All that decides on samples, their order, the steps and where training starts."""
+    values = to_dict(config)
+    for source in values["data"]["sources"].values():
+        del source["text_loss"], source["visual_loss"]
+    train = {name: values["train"][name] for name in ("num_steps", "global_batch_rows")}
+    return {name: values[name] for name in ("data", "scene_world", "init_from", "seed")} | {"train": train}
+
+
+def _check_equal_cost(first: Planned, other: Planned, cost: Callable[[Config], float], what: str) -> None:
+    own, theirs = cost(first.config), cost(other.config)
+    if abs(own - theirs) > MATCHED_WITHIN * own:
+        raise ValueError(
+            f"matching: {first.name} has {own:.6g} {what}, {other.name} {theirs:.6g}: more than "
+            f"{MATCHED_WITHIN:.0%} apart"
+        )
+
+
+def _trained_parameters(config: Config) -> float:
+    counts = flops.parameter_counts(config.model, config.objective)
+    return sum(count for name, count in counts.items() if name not in (*config.optimizer.frozen, "total"))
