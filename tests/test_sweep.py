@@ -161,8 +161,25 @@ def test_a_run_is_finished_when_its_rollouts_are_measured_too(tmp_path, monkeypa
     assert not sweep.is_finished(one, tmp_path)
     (tmp_path / "eval" / "rollout-2000.json").write_text("{}")
     assert sweep.is_finished(one, tmp_path)
-    with pytest.raises(ValueError, match="num_replicates > 1; the table has one model a run"):
+    with pytest.raises(ValueError, match="whose rollouts are measured of the first alone"):
         sweep_plan.plan_product("experiments/quickstart.py", ["seed=0,1", "train.num_replicates=4"])
+
+
+def test_replicates_fill_the_table_like_runs_of_their_own(sweep_file, tiny_world, tmp_path, capsys):
+    """Seeds 3 and 4 in one step, and as two runs; the table has the same rows, to rounding."""
+    base = tmp_path / "base.py"
+    common = ["data.seed=0", "objective=semantic_input", "eval.without_image=True", "train.num_steps=2,3",
+              f"eval.benchmarks.scenes={tiny_world / 'questions.tsv'}"]  # fmt: skip
+    found = {}
+    for name, own in (("one", ["seed=3", "train.num_replicates=2"]), ("two", ["seed=3,4"])):
+        planned = sweep_plan.plan_product(str(base), [*common, *own])
+        assert sweep.execute(planned, tmp_path / name) == {"trained": len(planned)}
+        found[name] = {(row["arm"], row["seed"], row["metric"]): row["value"] for row in rows_of(tmp_path / name)}
+    assert found["one"].keys() == found["two"].keys()
+    assert {"accuracy/scenes", "answer_nll/scenes", "answer_nll_gain/scenes"} <= {key[2] for key in found["one"]}
+    for key, value in found["two"].items():
+        assert found["one"][key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
+    assert {key[1] for key in found["one"]} == {3, 4}
 
 
 PROTOCOL = """

@@ -232,22 +232,28 @@ def _best_step(workdir: str, stored: Sequence[int], replicate: int) -> int:
 
 
 def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -> dict[str, Any]:
-    """Benchmarks and, where images are generated, rollout retrieval; writes eval/*.json and prints both."""
+    """Benchmarks, of every replicate, and, where images are generated, rollout retrieval of the first; writes
+    eval/*.json and prints all. Returns the first replicate's results.
+    """
     tokenizer = load_tokenizer(config.data.tokenizer)
-    params = one_replicate(params_in_use(state.params, state.ema), config, 0)
-    run = Run(config, config_hash(config), step, params, tokenizer)
+    in_use, folder = params_in_use(state.params, state.ema), to_path(workdir) / "eval"
+
+    def run_of(replicate: int) -> Run:
+        return Run(config, config_hash(config), step, one_replicate(in_use, config, replicate), tokenizer)
+
     results: dict[str, Any] = {}
-    folder = to_path(workdir) / "eval"
-    if config.eval.benchmarks:
-        results = evaluate(
+    for replicate in range(config.train.num_replicates if config.eval.benchmarks else 0):
+        run = run_of(replicate)
+        found = evaluate(
             config, model_of(run), tokenizer, config.eval.benchmarks, step=step, config_hash=run.config_hash,
-            output_dir=folder, without_image=config.eval.without_image,
+            output_dir=folder, without_image=config.eval.without_image, replicate=replicate,
         )  # fmt: skip
-        announce(format_table(results))
-        if distributed.is_lead():
-            write_page(workdir)
+        announce((f"replicate {replicate}\n" if config.train.num_replicates > 1 else "") + format_table(found))
+        results = results or found
+    if results and distributed.is_lead():
+        write_page(workdir)
     if draws_images(config):
-        results["rollout"] = _roll_out(run, folder)
+        results = {**results, "rollout": _roll_out(run_of(0), folder)}
     return results
 
 

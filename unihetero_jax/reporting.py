@@ -13,7 +13,7 @@ from etils import epath
 
 from unihetero_jax import distributed, flops
 from unihetero_jax.arrays import StepMetrics
-from unihetero_jax.config import Config, config_hash
+from unihetero_jax.config import Config, DiagnosticsConfig, config_hash
 from unihetero_jax.data.mixture import HostBatch
 from unihetero_jax.metrics import (
     METRICS_NAME,
@@ -77,6 +77,26 @@ class _Files:
         """Copies what the workdir does not have yet."""
         self._metrics.close()
         self._growing.close()
+
+
+_WATCHED = ("within_spread", "copy_previous_cosine", "across_spread")
+
+
+def collapse_alarms(thresholds: DiagnosticsConfig, done: int, measured: Mapping[str, float]) -> dict[str, str]:
+    """{alarm: what is wrong} of a model after so many steps; what was not measured is infinite."""
+    spread, copy, across = (measured[name] for name in _WATCHED)
+    alarms = {}
+    if spread < thresholds.within_spread_alarm:
+        alarms["within_spread"] = f"ALARM: within-image spread {spread:.4f}: the tokens of an image become one vector"
+    elif spread < thresholds.within_spread_warn:
+        alarms["within_spread_warn"] = f"warning: within-image spread {spread:.4f} is low"
+    if done > thresholds.across_spread_grace_steps and across < thresholds.across_spread_alarm:
+        alarms["across_spread"] = (
+            f"ALARM: across-image spread {across:.4f}: a token tells its place, and not what the image shows"
+        )
+    if copy < thresholds.copy_distance_alarm:
+        alarms["copy_distance"] = f"ALARM: copying the previous embedding has cosine distance {copy:.4f} only"
+    return alarms
 
 
 class _Silent(io.StringIO):
@@ -264,6 +284,11 @@ class Reporter:
         if self._eval_loss:
             line["eval_loss"], self._eval_loss = self._eval_loss, {}
         line["alarms"] = self._update_alarms(done, terms)
+        if self._config.train.num_replicates > 1:
+            line["alarms_by_replicate"] = [
+                sorted(collapse_alarms(self._config.diagnostics, done, {n: _worst(terms.get(n), i) for n in _WATCHED}))
+                for i in range(self._config.train.num_replicates)
+            ]
         if self._files is not None:
             self._files.write_metrics(done, line)
         shown = {
@@ -279,23 +304,8 @@ class Reporter:
 
     def _update_alarms(self, done: int, terms: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """Collapse alarms that hold now; each is printed when it begins and when it ends."""
-        thresholds = self._config.diagnostics
-        spread = _worst(terms.get("within_spread"))
-        copy = _worst(terms.get("copy_previous_cosine"))
-        alarms = {}
-        if spread < thresholds.within_spread_alarm:
-            alarms["within_spread"] = (
-                f"ALARM: within-image spread {spread:.4f}: the tokens of an image become one vector"
-            )
-        elif spread < thresholds.within_spread_warn:
-            alarms["within_spread_warn"] = f"warning: within-image spread {spread:.4f} is low"
-        across = _worst(terms.get("across_spread")) if done > thresholds.across_spread_grace_steps else np.inf
-        if across < thresholds.across_spread_alarm:
-            alarms["across_spread"] = (
-                f"ALARM: across-image spread {across:.4f}: a token tells its place, and not what the image shows"
-            )
-        if copy < thresholds.copy_distance_alarm:
-            alarms["copy_distance"] = f"ALARM: copying the previous embedding has cosine distance {copy:.4f} only"
+        measured = {name: _worst(terms.get(name)) for name in _WATCHED}
+        alarms = collapse_alarms(self._config.diagnostics, done, measured)
         for name in alarms.keys() - self._alarms.keys():
             self._progress.print(f"step {done}: {alarms[name]}")
         for name in self._alarms.keys() - alarms.keys():
@@ -341,9 +351,10 @@ def _of_applied_steps(metrics: StepMetrics) -> tuple[dict[str, Any], dict[str, A
     return kept(metrics.sums), kept(metrics.counts)
 
 
-def _worst(term: Mapping[str, Any] | None) -> float:
-    """The smallest mean over replicates of a term, infinity where it had nothing to measure."""
+def _worst(term: Mapping[str, Any] | None, replicate: int | None = None) -> float:
+    """A term's mean, of several replicates the smallest or one's own; infinity where it had nothing to measure."""
     if term is None:
         return np.inf
     mean = np.asarray(term["mean"], np.float64)
+    mean = mean if replicate is None else mean[replicate]
     return float(np.min(np.where(np.isnan(mean), np.inf, mean)))

@@ -35,6 +35,7 @@ from unihetero_jax.checkpoint import list_steps
 from unihetero_jax.command_line import with_overrides
 from unihetero_jax.config import config_hash, to_dict
 from unihetero_jax.evaluate_run import draws_images
+from unihetero_jax.evaluation.runner import stem_of
 from unihetero_jax.metrics import announce, read_metrics
 from unihetero_jax.sweep_plan import Planned, flat_fields, run_flops, text_of
 from unihetero_jax.train_run import run_training
@@ -92,9 +93,14 @@ def execute(planned: Sequence[Planned], workdir: Path) -> Counter[str]:
 def is_finished(one: Planned, folder: Path) -> bool:
     """Whether the run's last step is stored and evaluated, its rollouts included."""
     steps = one.config.train.num_steps
-    names = [*one.config.eval.benchmarks, *(["rollout"] if draws_images(one.config) else [])]
-    results = [folder / "eval" / f"{name}-{steps}.json" for name in names]
+    results = [_result(one, folder, name, i) for name in one.config.eval.benchmarks for i in range(len(one.seeds))]
+    if draws_images(one.config):
+        results.append(folder / "eval" / f"rollout-{steps}.json")
     return steps in list_steps(folder) and all(path.exists() for path in results)
+
+
+def _result(one: Planned, folder: Path, name: str, replicate: int) -> Path:
+    return folder / "eval" / f"{stem_of(name, one.config.train.num_steps, 'likelihood', replicate)}.json"
 
 
 # ---------------------------------------------------------------- the table
@@ -110,7 +116,7 @@ def write_table(planned: Sequence[Planned], workdir: Path) -> None:
 
 
 def measured(one: Planned, folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a run; none if it is not finished.
+    """The rows of a run, for each of its replicates; none if it is not finished.
 
     Of the last step, by benchmark: `accuracy`, `answer_nll` (nats per token of the right answers) and, with
     `eval.without_image`, `answer_nll_gain`: the same less what it is without the picture. `held_out/SOURCE/TERM`: means
@@ -118,27 +124,35 @@ def measured(one: Planned, folder: Path) -> Iterator[dict[str, Any]]:
     """
     if not is_finished(one, folder):
         return
-    step = one.config.train.num_steps
-    line = read_metrics(folder)[-1]
+    line, hash_of_all = read_metrics(folder)[-1], config_hash(one.config)
+    for replicate, seed in enumerate(one.seeds):
+        about = {"arm": one.arm, "seed": seed, "run": one.name, "config_hash": hash_of_all}
+        for metric, value in _values_of(one, folder, line, replicate).items():
+            yield about | {"metric": metric, "value": float(value), "step": one.config.train.num_steps}
+
+
+def _values_of(one: Planned, folder: Path, line: Mapping[str, Any], replicate: int) -> dict[str, float]:
+    """{metric: value} of one model; `line` is the last of the run's metrics."""
+    several = len(one.seeds) > 1
     values: dict[str, float] = {}
     for name in one.config.eval.benchmarks:
-        overall = json.loads((folder / "eval" / f"{name}-{step}.json").read_text())["overall"]
+        overall = json.loads(_result(one, folder, name, replicate).read_text())["overall"]
         values[f"accuracy/{name}"] = overall["accuracy"]
         values[f"answer_nll/{name}"] = overall["answer_nll_per_token"]
         if (blind := overall.get("answer_nll_per_token_without_image")) is not None:
             values[f"answer_nll_gain/{name}"] = overall["answer_nll_per_token"] - blind
     for source, terms in (line.get("eval_loss") or {}).items():
-        values |= {f"held_out/{source}/{term}": value for term, value in terms.items()}
-    alarms, rollout = list(line["alarms"]), folder / "eval" / f"rollout-{step}.json"
+        own = {term: value[replicate] if several else value for term, value in terms.items()}
+        values |= {f"held_out/{source}/{term}": value for term, value in own.items()}
+    alarms = list(line["alarms_by_replicate"][replicate] if several else line["alarms"])
+    rollout = folder / "eval" / f"rollout-{one.config.train.num_steps}.json"
     if rollout.exists():
         found = json.loads(rollout.read_text())
         values["rollout_retrieval"] = found["retrieval"]
         alarms += found["alarms"]
     values["collapsed"] = float(bool(alarms))
-    values["pflop"] = run_flops(one.config) / 1e15
-    about = {"arm": one.arm, "seed": one.config.seed, "run": one.name, "config_hash": config_hash(one.config)}
-    for metric, value in values.items():
-        yield about | {"metric": metric, "value": float(value), "step": step}
+    values["pflop"] = run_flops(one.config) / 1e15 / len(one.seeds)
+    return values
 
 
 # ---------------------------------------------------------------- dry run

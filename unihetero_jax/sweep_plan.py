@@ -12,6 +12,7 @@ from unihetero_jax import flops
 from unihetero_jax.claims import Protocol, parse_protocol
 from unihetero_jax.command_line import load_experiment, load_module, with_overrides
 from unihetero_jax.config import Config, config_hash
+from unihetero_jax.evaluate_run import draws_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Planned:
     def name(self) -> str:
         """Of its folder."""
         return f"{self.arm}-{self.config.seed}-{config_hash(self.config)}"
+
+    @property
+    def seeds(self) -> range:
+        """One for each replicate."""
+        return range(self.config.seed, self.config.seed + self.config.train.num_replicates)
 
 
 def plan_file(flag: str) -> list[Planned]:
@@ -120,10 +126,11 @@ def _checked(planned: list[Planned], flag: str) -> list[Planned]:
     twice = [name for name, number in Counter(one.name for one in planned).items() if number > 1]
     if twice:
         raise ValueError(f"{flag}: plans {', '.join(twice)} twice; give them different names, seeds or fields")
-    several = [one.name for one in planned if one.config.train.num_replicates > 1]
+    several = [one.name for one in planned if one.config.train.num_replicates > 1 and draws_images(one.config)]
     if several:
         raise ValueError(
-            f"{flag}: {several[0]} has train.num_replicates > 1; the table has one model a run, set it to 1"
+            f"{flag}: {several[0]} has train.num_replicates > 1, whose rollouts are measured of the first alone; set "
+            "eval.rollout_source to nothing"
         )
     return planned
 
