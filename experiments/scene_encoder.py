@@ -51,6 +51,7 @@ def small_model(config: ConfigDict) -> None:
     config.model.encoder.update(num_layers=2, dim=64, num_heads=2, mlp_dim=128)
     config.model.projector.hidden_dim = config.model.semantic_head.hidden_dim = 128
     config.model.decoder.update(num_layers=2, dim=96, num_heads=3, num_kv_heads=1, head_dim=32, mlp_dim=192)
+    config.model.pixel_decoder.update(num_layers=2, dim=64, num_heads=2, mlp_dim=256)
 
 
 def get_config(arg: str = "") -> ConfigDict:

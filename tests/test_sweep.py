@@ -242,30 +242,36 @@ def arms(**by_arm):
     return [sweep_plan.Planned(arm, with_overrides(values, overrides)) for arm, overrides in by_arm.items()]
 
 
+def check(matching, **by_arm):
+    values = {"metric": "x", "margin": 1.0, "num_seeds": 8, "contrasts": {"b helps": ["b", "a"]}, "matching": matching}
+    preregistration.check_matching(arms(**by_arm), claims.parse_protocol(values, "here"))
+
+
 def test_arms_have_in_common_what_the_protocol_says():
     base = ["objective=understanding"]
     generating = ["objective=semantic_input", "data.sources.generation.text_loss=none"]
-    preregistration.check_matching(arms(a=base, b=generating), "data")
-    preregistration.check_matching(arms(a=base, b=[*base, "train.num_steps=9"]), "none")
+    check("data", a=base, b=generating)
+    check("none", a=base, b=[*base, "train.num_steps=9"])
     for override, field in (
         ("train.num_steps=9", "train.num_steps"), ("data.seed=1", "data.seed"),
         ("data.sources.qa.weight=0.1", "data.sources.qa.weight"),
         ("scene_world.num_scenes=9", "scene_world.num_scenes"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"differ in {field}"):
-            preregistration.check_matching(arms(a=base, b=[*base, override]), "data")
-    preregistration.check_matching(arms(a=base, b=[*base, "seed=1", "train.num_steps=9"]), "data")  # another seed's
+            check("data", a=base, b=[*base, override])
+    check("data", a=base, b=[*base, "seed=1", "train.num_steps=9"])  # another seed's
+    check("data", a=base, c=[*base, "train.num_steps=9"])  # no contrast compares them
     with pytest.raises(ValueError, match=r"has \S+ flops, b-0-"):
-        preregistration.check_matching(arms(a=base, b=generating), "flops")
+        check("flops", a=base, b=generating)
     ratio = sweep_plan.run_flops(arms(a=base)[0].config) / sweep_plan.run_flops(arms(a=generating)[0].config)
     fewer = [*generating, f"train.num_steps={round(2000 * ratio)}"]
-    preregistration.check_matching(arms(a=base, b=fewer), "flops")
+    check("flops", a=base, b=fewer)
     with pytest.raises(ValueError, match=r"has \S+ parameters, b-0-\S+ \S+: more than 1% apart"):
-        preregistration.check_matching(arms(a=base, b=generating), "parameters")
+        check("parameters", a=base, b=generating)
     head = sum(x.size for x in jax.tree.leaves(jax.eval_shape(
         lambda: init_params(arms(a=generating)[0].config.model, "semantic_input", 0)["semantic_head"])))  # fmt: skip
     wider = [*base, f"model.decoder.mlp_dim={384 + round(head / (3 * 3 * 128) / 2) * 2}"]
-    preregistration.check_matching(arms(a=wider, b=generating), "parameters")
+    check("parameters", a=wider, b=generating)
 
 
 def test_a_dry_run_says_what_the_planned_seeds_can_show(sweep_file, tmp_path, capsys):
@@ -291,8 +297,16 @@ def test_flags_that_contradict_each_other_are_refused(tmp_path, capsys):
 
 
 def test_the_shipped_sweeps_plan_runs_that_are_valid():
-    planned = sweep_plan.plan_file("experiments/sweeps/claim1_semantics_not_pixels.py:smoke")
-    assert len(planned) == 4 + 5 * 3 and len({one.name for one in planned}) == len(planned)
-    with pytest.raises(ValueError, match="there are smoke, scenes"):
-        sweep_plan.plan_file("experiments/sweeps/claim1_semantics_not_pixels.py:moon")
+    path = "experiments/sweeps/claim1_semantics_not_pixels.py"
+    protocol = sweep_plan.protocol_of(path)
+    assert protocol is not None
+    for scale, num_runs in {"smoke": 8, "pilot": 2 * 2, "scenes": 8, "scenes-trainable": 8, "scenes-scratch": 8,
+                            "accelerator": 8 * (3 + 3 * 15 + 3 * 2 + 2 * 2)}.items():  # fmt: skip
+        planned = sweep_plan.plan_file(f"{path}:{scale}")
+        assert len(planned) == num_runs and len({one.name for one in planned}) == num_runs, scale
+        preregistration.check_matching(planned, protocol)
+        arms_of_contrasts = {name for arm, baselines in protocol.contrasts.values() for name in (arm, *baselines)}
+        assert scale == "pilot" or arms_of_contrasts <= {one.arm for one in planned}, scale
+    with pytest.raises(ValueError, match="there are smoke, pilot, scenes"):
+        sweep_plan.plan_file(f"{path}:moon")
     assert os.path.exists("experiments/sweeps/__init__.py")

@@ -317,7 +317,7 @@ def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:
     workdir = Path(flags.workdir)
     protocol = sweep_plan.protocol_of(flags.sweep) if flags.sweep else None
     if protocol:
-        preregistration.check_matching(planned, protocol.matching)
+        preregistration.check_matching(planned, protocol)
     if flags.dry_run:
         print(sweep.describe(planned, workdir, _power(flags.pilot, protocol)))
         return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unihetero_jax import flops
-from unihetero_jax.claims import Matching
+from unihetero_jax.claims import Matching, Protocol
 from unihetero_jax.config import Config, to_dict
 from unihetero_jax.metrics import announce
 from unihetero_jax.sweep_plan import Planned, flat_fields, path_of, protocol_of, run_flops
@@ -60,8 +60,8 @@ def _commit_of(path: Path) -> str:
         return "unknown: no git repository"
 
 
-def check_matching(planned: Sequence[Planned], matching: Matching) -> None:
-    """Whether the runs of each seed have in common what the protocol says.
+def check_matching(planned: Sequence[Planned], protocol: Protocol) -> None:
+    """Whether the runs that a contrast compares, seed by seed, have in common what the protocol says.
 
     `data`: samples, order, initialisation, batch and steps; which of them carry a loss may differ. `flops`: model FLOPs
     of the whole run within 1%. `parameters`: the data, and trained parameters within 1%.
@@ -69,15 +69,23 @@ def check_matching(planned: Sequence[Planned], matching: Matching) -> None:
     Raises:
         ValueError: two runs differ; names both and what differs.
     """
-    by_seed: dict[int, list[Planned]] = {}
-    for one in planned:
-        by_seed.setdefault(one.config.seed, []).append(one)
-    for first, *others in by_seed.values():
-        for other in others:
-            if matching in ("data", "parameters"):
-                _check_equal_data(first, other)
-            if matching in ("flops", "parameters"):
-                _check_equal_cost(first, other, run_flops if matching == "flops" else _trained_parameters, matching)
+    by_name = {(one.arm, one.config.seed): one for one in planned}
+    for arm, baselines in protocol.contrasts.values():
+        for one in (one for one in planned if one.arm == arm):
+            for baseline in baselines:
+                if other := by_name.get((baseline, one.config.seed)):
+                    _check_pair(other, one, protocol.matching)
+
+
+def _check_pair(baseline: Planned, arm: Planned, matching: Matching) -> None:
+    match matching:
+        case "data":
+            _check_equal_data(baseline, arm)
+        case "flops":
+            _check_equal_cost(baseline, arm, run_flops, "flops")
+        case "parameters":
+            _check_equal_data(baseline, arm)
+            _check_equal_cost(baseline, arm, _trained_parameters, "parameters")
 
 
 def _check_equal_data(first: Planned, other: Planned) -> None:
@@ -92,7 +100,7 @@ def _seen_data(config: Config) -> dict[str, Any]:
     values = to_dict(config)
     for source in values["data"]["sources"].values():
         del source["text_loss"], source["visual_loss"]
-    train = {name: values["train"][name] for name in ("num_steps", "global_batch_rows")}
+    train = {name: values["train"][name] for name in ("num_steps", "global_batch_rows", "num_replicates")}
     return {name: values[name] for name in ("data", "scene_world", "init_from", "seed")} | {"train": train}
 
 

@@ -1,40 +1,101 @@
 """Does predicting images help understanding, and does it matter what is predicted of them?
 
-Command: `python -m unihetero_jax sweep --sweep=experiments/sweeps/claim1_semantics_not_pixels.py:scenes
---workdir=runs/claim1`; `:smoke` is the same in miniature, to see that everything runs.
-Expected: nothing is claimed beforehand; `verify-claims` says what the table says.
+    python -m experiments.scene_encoder                       # once: what all arms start from
+    F=experiments/sweeps/claim1_semantics_not_pixels.py
+    P=runs/claim1-pilot W=runs/claim1
+    python -m unihetero_jax sweep --sweep=$F:pilot --workdir=$P
+    python -m unihetero_jax sweep --sweep=$F:scenes --workdir=$W --dry-run --pilot=$P/results.parquet
+    python -m unihetero_jax sweep --sweep=$F:scenes --workdir=$W
+    python -m unihetero_jax verify-claims --results=$W/results.parquet
 
-Every arm has the same samples, initialisation and steps. The ladder of targets at lambda and mu 1, each level with its
-two controls: `own` (the position's own target: supervision without generation) and `shuffled` (another image's).
+Expected: nothing is claimed beforehand; docs/claims.md has what was found. Scales: `smoke` (minutes), `pilot` (the
+baselines on seeds of their own), `scenes` (two cores, an hour or two), `accelerator` (64 seeds; the whole ladder of
+targets, each level with its controls, at three shares of generation). SCALE-trainable and SCALE-scratch take another
+mode of the encoder (`experiments/scene_claims.py`).
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-BASE = "experiments/quickstart.py"
-SCALES = {"smoke": (1, 20), "scenes": (8, 2000)}
+BASE = "experiments/scene_claims.py"
+BASELINES = ["understanding", "understanding_i2t"]
+PROTOCOL = {
+    "metric": "answer_nll/scenes",
+    "margin": 0.02,
+    "num_seeds": 8,
+    "matching": "data",
+    "contrasts": {
+        "semantic generation helps": ["semantic_input", BASELINES],
+        "pixel generation helps": ["pixel_through", BASELINES],
+        "semantics help more than pixels": ["semantic_input", "pixel_through"],
+        "what is where, told to it, helps": ["revealed", BASELINES],
+        "another image's embeddings help": ["semantic_input-shuffled", BASELINES],
+        "the encoder's output as target helps": ["semantic_encoder", BASELINES],
+        "the position's own embedding as target helps": ["semantic_input-own", BASELINES],
+    },
+    "positive": ["what is where, told to it, helps"],
+    "negative": ["another image's embeddings help"],
+    "exploratory": ["the encoder's output as target helps", "the position's own embedding as target helps"],
+    "gate": {"metric": "accuracy/scenes", "chance": 0.292, "low": 0.4, "high": 0.7},
+}
+SCALES = {"smoke": (1, 20), "pilot": (16, 700), "scenes": (8, 700), "accelerator": (64, 2000)}
 """Seeds and steps. Fewer than 8 seeds is exploratory."""
+PILOT_SEED, REPLICATES = 1000, 8
+"""The pilot's seeds are used by nothing else. So many models are trained in one step and share its order of data; each
+group of them has its own (our choice)."""
 LADDER = ("semantic_input", "semantic_encoder", "patch", "pixels", "random")
 CONTROLS: dict[str, dict[str, Any]] = {
     "": {},
     "-own": {"loss.target_shift": 0},
     "-shuffled": {"loss.target_shuffled": True},
 }
+MODES: dict[str, dict[str, Any]] = {
+    "": {},
+    "trainable": {"optimizer.frozen": (), "loss.target": "ema"},
+    "scratch": {
+        "optimizer.frozen": (), "init_from.workdir": "", "init_from.components": (), "loss.cut_input_gradient": True,
+    },
+}  # fmt: skip
+SHARES = (0.25, 0.5, 0.75)
+"""Of generation, among the samples that are no plain questions and no telling ones."""
 
 
 def sweep(scale: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Baselines, ladder and pixel arms, for each seed in turn."""
-    if scale not in SCALES:
-        raise ValueError(f"claim1_semantics_not_pixels: scale {scale!r}; there are {', '.join(SCALES)}")
-    num_seeds, steps = SCALES[scale]
-    common = {
-        "train.num_steps": steps, "train.eval_every_steps": steps, "checkpoint.every_steps": steps,
-        "loss.visual_weight": 1.0, "eval.rollout_source": "",
-    }  # fmt: skip
-    for seed in range(num_seeds):
-        own = common | {"seed": seed, "data.seed": seed}
-        for objective in ("understanding", "understanding_i2t", "pixel_through", "pixel_detached"):
-            yield objective, own | {"objective": objective}
+    """The arms, for each group of seeds in turn."""
+    name, _, mode = scale.partition("-")
+    if name not in SCALES or mode not in MODES:
+        raise ValueError(
+            f"claim1_semantics_not_pixels: scale {scale!r}; there are {', '.join(SCALES)}, each also with -trainable "
+            "and -scratch"
+        )
+    num_seeds, steps = SCALES[name]
+    first = PILOT_SEED if name == "pilot" else 0
+    common = {"train.num_steps": steps, "train.eval_every_steps": steps, "checkpoint.every_steps": steps}
+    for seed in range(first, first + num_seeds, REPLICATES):
+        own = common | MODES[mode] | {
+            "seed": seed, "data.seed": seed, "train.num_replicates": min(REPLICATES, num_seeds),
+        }  # fmt: skip
+        for arm, overrides in _arms(name):
+            yield arm, own | overrides
+
+
+def _arms(scale: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for objective in BASELINES:
+        yield objective, {"objective": objective}
+    if scale == "pilot":
+        return
+    yield "revealed", {"objective": "understanding", "data.sources.objects.text_loss": "stored"}
+    if scale != "accelerator":
+        for arm in ("semantic_input", "semantic_input-own", "semantic_input-shuffled", "semantic_encoder"):
+            objective, _, control = arm.partition("-")
+            yield arm, {"objective": objective} | CONTROLS[f"-{control}" if control else ""]
+        yield "pixel_through", {"objective": "pixel_through"}
+        return
+    for share in SHARES:
+        of_share = {"data.sources.qa.weight": 0.8 * (1 - share), "data.sources.generation.weight": 0.8 * share}
+        suffix = "" if share == 0.5 else f"-at{share}"
         for objective in LADDER:
-            for suffix, changes in CONTROLS.items():
-                yield objective + suffix, own | changes | {"objective": objective}
+            for control, changes in CONTROLS.items():
+                yield objective + control + suffix, {"objective": objective} | changes | of_share
+        for objective in ("pixel_through", "pixel_detached", *(BASELINES if suffix else ())):
+            yield objective + suffix, {"objective": objective} | of_share
