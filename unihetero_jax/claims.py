@@ -323,18 +323,24 @@ def format_findings(findings: Sequence[Finding], registered: Registered, gate: s
     ]
     withheld = why_withheld(findings, registered, gate)
     for one in findings:
-        own = one.contrast
-        verdict = "withheld" if withheld and one.role in CLAIMS else one.verdict
-        if own.is_exploratory or one.role == "exploratory":
-            verdict += " (exploratory)"
-        elif own.num_seeds < protocol.num_seeds:
-            verdict += f" ({own.num_seeds} of {protocol.num_seeds} planned seeds)"
-        if own.seeds_to_decide and verdict.startswith("inconclusive"):
-            verdict += f"; {own.seeds_to_decide} seeds would decide"
+        own, verdict = one.contrast, shown_verdict(one, protocol, bool(withheld))
         label = own.name if one.role in CLAIMS else f"{own.name} [{one.role} control]"
         interval = f"{own.low:.4f} to {own.high:.4f}"
         lines.append(f"{label:<44}{own.estimate:>10.4f}{interval:>22}{own.num_seeds:>7}  {verdict}")
     return "\n".join([*lines, *(f"WITHHELD: {reason}" for reason in withheld)])
+
+
+def shown_verdict(one: Finding, protocol: Protocol, is_withheld: bool) -> str:
+    """The verdict with what has to be said beside it."""
+    own = one.contrast
+    verdict = "withheld" if is_withheld and one.role in CLAIMS else one.verdict
+    if own.is_exploratory or one.role == "exploratory":
+        verdict += " (exploratory)"
+    elif own.num_seeds < protocol.num_seeds:
+        verdict += f" ({own.num_seeds} of {protocol.num_seeds} planned seeds)"
+    if own.seeds_to_decide and verdict.startswith("inconclusive"):
+        verdict += f"; {own.seeds_to_decide} seeds would decide"
+    return verdict
 
 
 def to_json(findings: Sequence[Finding], registered: Registered, gate: str = "") -> dict[str, Any]:

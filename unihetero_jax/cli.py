@@ -21,6 +21,7 @@ from unihetero_jax import (
     explain,
     export,
     preregistration,
+    report,
     stored_steps,
     sweep,
     sweep_plan,
@@ -176,6 +177,13 @@ def _parser() -> argparse.ArgumentParser:
     verifies.add_argument("--output", default="", help="a JSON file for everything that is printed")
     verifies.set_defaults(command=_verify_claims)
 
+    reports = commands.add_parser("report", allow_abbrev=False, help="a page of what a sweep found")
+    reports.add_argument("--results", required=True, metavar="TABLE", help="as `verify-claims` takes it")
+    reports.add_argument("--protocol", default="", metavar="FILE", help="default: protocol.json beside the table")
+    reports.add_argument("--title", default="", help="of the page; default: the table's folder")
+    reports.add_argument("--output", default="", help="an HTML file; default: report.html beside the table")
+    reports.set_defaults(command=_report)
+
     sweeps = commands.add_parser("sweep", allow_abbrev=False, help="train what is missing of many runs")
     sweeps.add_argument("--sweep", default="", metavar="FILE[:SCALE]", help="BASE and sweep(scale): experiments/sweeps")
     sweeps.add_argument(
@@ -305,6 +313,21 @@ def _verify_claims(flags: argparse.Namespace, overrides: list[str]) -> int:
     if flags.output:
         write_json(to_path(flags.output), claims.to_json(findings, registered, gate))
     return EXIT_WITHHELD if claims.why_withheld(findings, registered, gate) else 0
+
+
+def _report(flags: argparse.Namespace, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError(f"{overrides[0]}: report takes no --config fields")
+    results = Path(flags.results)
+    found, registered = (
+        claims.read_table(results),
+        claims.read_protocol(Path(flags.protocol or results.parent / "protocol.json")),
+    )
+    findings = claims.verify(found, registered.protocol)
+    gate = claims.missed_gate(found, findings, registered.protocol.gate)
+    output = Path(flags.output or results.with_name("report.html"))
+    output.write_text(report.render(found, registered, findings, gate, flags.title or f"Sweep {results.parent.name}"))
+    print(f"see {output}")
 
 
 def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:

@@ -1,0 +1,254 @@
+"""`report`: what a sweep found, as one page that needs nothing else.
+
+Verdicts with their intervals, every arm's figures with every seed, curves over data where arms are written NAME@SIZE,
+the runs, and how to read it all. Nothing is left out: an arm that collapsed, a control that came out wrong and a
+verdict that is withheld stand where the reader looks first.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from unihetero_jax import scaling
+from unihetero_jax.claims import CLAIMS, COLLAPSED, Finding, Registered, Table, shown_verdict, why_withheld
+from unihetero_jax.html_page import escaped, page, section, table
+
+SIZE_MARK = "@"
+"""Between an arm and the number of pairs that it saw: `semantic_input@4096`."""
+SHOWN_FIRST = ("answer_nll", "answer_nll_gain", "accuracy", "rollout_retrieval")
+"""Metrics that stand in the table of arms, in this order; a metric's benchmark follows a slash."""
+_COLORS = {"supported": "#2e7d32", "not supported": "#9aa1ad", "inconclusive": "#c77700"}
+_OTHER_COLOR = "#b3261e"
+
+
+def render(results: Table, registered: Registered, findings: Sequence[Finding], gate: str, title: str) -> str:
+    """The page.
+
+    Args:
+        results: metric -> arm -> seed -> value.
+        registered: the protocol and its history.
+        findings: from `claims.verify`.
+        gate: from `claims.missed_gate`.
+        title: what the page is called.
+    """
+    withheld = why_withheld(findings, registered, gate)
+    parts = [
+        f"<h1>{escaped(title)}</h1>",
+        _facts(registered, findings),
+        section("Verdicts", "verdicts", _verdicts(findings, registered, withheld)),
+        section("Arms", "arms", _arms(results, registered)),
+    ]
+    if curves := curves_of(results, registered.protocol.metric):
+        parts.append(section("Over data", "curves", _curves(curves, registered.protocol.metric)))
+    parts.append(section("Runs", "runs", _runs(results, registered)))
+    parts.append(section("How to read this", "reading", _READING))
+    return page(title, "\n".join(parts))
+
+
+_READING = """<ul>
+<li>An effect is the baseline's value less the arm's, seed by seed, since both start alike and see the same samples;
+the metric is the lower the better. Of several baselines the one with the better mean counts.</li>
+<li><b>supported</b>: the interval lies above 0 and the estimate is at least the margin. <b>not supported</b>: the
+interval lies below the margin. <b>inconclusive</b>: neither; the seeds that would decide are named.</li>
+<li>Primary contrasts share a level of 5% by Holm's procedure. Exploratory ones and fewer than 8 seeds carry that
+label.</li>
+<li>Planted controls say whether the instrument can find an effect, and finds none where there is none. If one comes
+out wrong, no verdict is given.</li>
+<li>Every run that was started counts with the value it got. An arm of which more than a fifth collapsed has that in
+place of a verdict.</li>
+<li>A study of rendered scenes with a small model concerns the mechanism. It neither confirms nor refutes what was
+reported of 200 million samples.</li>
+</ul>"""
+
+
+def _facts(registered: Registered, findings: Sequence[Finding]) -> str:
+    protocol, about = registered.protocol, registered.about
+    rows = {
+        "Metric": f"{protocol.metric}, the lower the better",
+        "Margin": f"{protocol.margin:g}",
+        "Seeds": f"{protocol.num_seeds} planned, {min((one.contrast.num_seeds for one in findings), default=0)} run",
+        "Matching": protocol.matching,
+        "Registered": f"{about['file']} ({about['digest']}) on {about['date']}" if about else "by hand",
+        "Commit": about.get("commit", ""),
+    }
+    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escaped(text)}</dd>" for name, text in rows.items() if text) + "</dl>"
+
+
+# ---------------------------------------------------------------- verdicts
+
+
+def _verdicts(findings: Sequence[Finding], registered: Registered, withheld: Sequence[str]) -> str:
+    warnings = "".join(f"<p><b>Withheld:</b> {escaped(reason)}.</p>" for reason in withheld)
+    rows = []
+    for one in findings:
+        own = one.contrast
+        rows.append((
+            own.name, one.role, one.arm, one.baseline, f"{own.estimate:.4f}", f"{own.low:.4f} to {own.high:.4f}",
+            str(own.num_seeds), f"{one.collapsed[0]} of {one.collapsed[1]}",
+            shown_verdict(one, registered.protocol, bool(withheld)),
+        ))  # fmt: skip
+    header = ("contrast", "role", "arm", "baseline", "estimate", "interval", "seeds", "collapsed", "verdict")
+    drawing = _forest(findings, registered.protocol.margin)
+    return warnings + drawing + table("Contrasts", header, rows)
+
+
+def _forest(findings: Sequence[Finding], margin: float) -> str:
+    """Estimates with their intervals, a line at no effect and one at the margin."""
+    figure, axes = _figure(7.6, 0.9 + 0.42 * len(findings))
+    for place, one in enumerate(reversed(findings)):
+        own = one.contrast
+        color = _COLORS.get(one.verdict, _OTHER_COLOR)
+        axes.plot([own.low, own.high], [place, place], color=color, linewidth=2)
+        axes.plot([own.estimate], [place], "o" if one.role in CLAIMS else "s", color=color)
+    axes.axvline(0, color="#59616f", linewidth=0.8)
+    axes.axvline(margin, color="#59616f", linewidth=0.8, linestyle="--")
+    labels = [one.contrast.name + ("" if one.role == "primary" else f" [{one.role}]") for one in reversed(findings)]
+    axes.set_yticks(range(len(findings)), labels)
+    axes.set_xlabel("effect: baseline less arm (dashed: the margin; squares: planted controls)")
+    return _image(figure, "Estimates and intervals of all contrasts; the table below has the figures")
+
+
+# ---------------------------------------------------------------- arms
+
+
+def _arms(results: Table, registered: Registered) -> str:
+    metrics = [name for first in SHOWN_FIRST for name in results if name.partition("/")[0] == first]
+    arms = list(dict.fromkeys(arm for name in metrics for arm in results[name]))
+    rows = []
+    for arm in arms:
+        flags = list(results.get(COLLAPSED, {}).get(arm, {}).values())
+        cost = list(results.get("pflop", {}).get(arm, {}).values())
+        cells = [_mean_and_spread(results[name].get(arm, {})) for name in metrics]
+        rows.append((arm, str(len(flags)), *cells, str(sum(value > 0 for value in flags)),
+                     f"{np.mean(cost):.4g}" if cost else "–"))  # fmt: skip
+    header = ("arm", "seeds", *metrics, "collapsed", "PFLOP a run")
+    return _strips(results, registered.protocol.metric) + table("Means over seeds ± standard deviation", header, rows)
+
+
+def _mean_and_spread(values: Mapping[int, float]) -> str:
+    own = list(values.values())
+    if not own:
+        return "–"
+    return f"{np.mean(own):.4f}" + (f" ± {np.std(own, ddof=1):.4f}" if len(own) > 1 else "")
+
+
+def _strips(results: Table, metric: str) -> str:
+    """Every seed of every arm; runs of a seed are paired, so its points have one colour."""
+    arms = [arm for arm in results.get(metric, {}) if SIZE_MARK not in arm]
+    if not arms:
+        return ""
+    figure, axes = _figure(7.6, 0.9 + 0.34 * len(arms))
+    for place, arm in enumerate(reversed(arms)):
+        own = results[metric][arm]
+        axes.scatter(list(own.values()), [place] * len(own), c=list(own), cmap="viridis", s=18)
+        axes.plot([np.mean(list(own.values()))], [place], "|", color="#1f2430", markersize=14)
+    axes.set_yticks(range(len(arms)), list(reversed(arms)))
+    axes.set_xlabel(f"{metric} (a point for each seed, one colour for a seed; bar: mean)")
+    return _image(figure, f"{metric} of every seed of every arm; the table below has means and deviations")
+
+
+# ---------------------------------------------------------------- curves
+
+
+def curves_of(results: Table, metric: str) -> dict[str, scaling.Curve]:
+    """Arms written NAME@SIZE as curves over size, with the seeds that all sizes have; those of two sizes or more."""
+    by_name: dict[str, dict[int, Mapping[int, float]]] = {}
+    for arm, values in results.get(metric, {}).items():
+        name, mark, size = arm.partition(SIZE_MARK)
+        if mark and size.isdigit():
+            by_name.setdefault(name, {})[int(size)] = values
+    found = {}
+    for name, by_size in by_name.items():
+        seeds = sorted(set.intersection(*(set(values) for values in by_size.values())))
+        if len(by_size) > 1 and seeds:
+            sizes = sorted(by_size)
+            losses = np.array([[by_size[size][seed] for seed in seeds] for size in sizes])
+            found[name] = scaling.Curve(np.array(sizes, float), losses)
+    return found
+
+
+def describe_curves(curves: Mapping[str, scaling.Curve]) -> Iterator[tuple[str, str, str]]:
+    """(curve, quantity, value with its interval); or why there is none."""
+    fitted = {}
+    for name, curve in curves.items():
+        try:
+            scaling.require_points(curve, float(curve.losses.mean(axis=1).max()) * (1 + 1e-9))
+        except ValueError as error:
+            yield name, "law", str(error)
+        else:
+            fitted[name] = curve
+    if not fitted:
+        return
+    names = list(fitted)
+
+    def statistics(laws: Mapping[str, scaling.Law]) -> dict[str, float]:
+        values = {f"{name}|{key}": value for name, law in laws.items() for key, value in law.coefficients.items()}
+        for name in names[1:]:
+            values[f"{name}|exponent less that of {names[0]}"] = (
+                laws[name].coefficients["alpha"] - laws[names[0]].coefficients["alpha"]
+            )
+            middle = float(np.median(fitted[names[0]].losses.mean(axis=1)))
+            values[f"{name}|data multiplier against {names[0]} at {middle:.3f}"] = float(
+                scaling.data_multiplier(laws[names[0]], laws[name], middle)
+            )
+        return values
+
+    for key, (value, low, high) in scaling.bootstrap(fitted, statistics).items():
+        name, _, quantity = key.partition("|")
+        shown = f"{value:.4g}" + (f" ({low:.4g} to {high:.4g})" if math.isfinite(low) and math.isfinite(high) else "")
+        yield name, quantity, shown
+
+
+def _curves(curves: Mapping[str, scaling.Curve], metric: str) -> str:
+    figure, axes = _figure(7.6, 4.2)
+    for number, (name, curve) in enumerate(curves.items()):
+        mean = curve.losses.mean(axis=1)
+        color = f"C{number}"
+        axes.plot(curve.sizes, mean, "o-", color=color, label=name)
+        for seed in range(curve.losses.shape[1]):
+            axes.plot(curve.sizes, curve.losses[:, seed], ".", color=color, alpha=0.35)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("size (pairs)")
+    axes.set_ylabel(metric)
+    axes.legend(frameon=False)
+    rows = list(describe_curves(curves))
+    image = _image(figure, f"{metric} over the number of pairs; the table below has the fitted laws")
+    return image + table("Fitted laws L = E + A D^-alpha, with 95% intervals", ("curve", "quantity", "value"), rows)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def _runs(results: Table, registered: Registered) -> str:
+    metric = registered.protocol.metric
+    rows = [
+        (arm, str(seed), f"{value:.4f}", "yes" if results.get(COLLAPSED, {}).get(arm, {}).get(seed, 0) else "")
+        for arm, values in results.get(metric, {}).items()
+        for seed, value in sorted(values.items())
+    ]
+    return (
+        f"<details><summary>All {len(rows)} of them</summary>"
+        + table("Every model that was trained", ("arm", "seed", metric, "collapsed"), rows)
+        + "</details>"
+    )
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # only who draws needs it; a figure of its own keeps no global state
+
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _image(figure: Any, description: str) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<p><img style="max-width: 100%" alt="{escaped(description)}" src="data:image/png;base64,{data}"></p>'
