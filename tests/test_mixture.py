@@ -330,6 +330,35 @@ def test_a_mixture_ends_where_what_is_left_fits_no_row(tmp_path, tokenizer, toke
     assert sorted(seen) == sorted(2 * [f"b/{i}" for i in range(20)])
 
 
+def test_a_source_may_be_limited_to_its_first_records(tmp_path, tokenizer, tokenizer_folder):
+    """The records are repeated like those of a folder that has no others; validation keeps all of its own."""
+    for name, count in (("a", 50), ("b", 20)):
+        write_source(
+            tmp_path / name, name, tokenizer, {"train": make_records(name, count), "val": make_records(name, 9)}
+        )
+    config = make_config(tmp_path, tokenizer_folder, train__global_batch_rows=1, data__num_data_shards=1)
+    limits = {"a": 7, "b": 0}
+
+    def limited(**changes):
+        sources = {
+            name: dataclasses.replace(s, max_epochs=2.0, max_records=limits[name], **changes)
+            for name, s in config.data.sources.items()
+        }
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+
+    iterator = mixture.make_train_iterator(limited(), tokenizer)
+    seen = []
+    with pytest.raises(ValueError, match="have reached their max_epochs"):
+        while True:
+            seen += next(iterator).sample_ids
+    iterator.close()
+    assert sorted(seen) == sorted(2 * [f"a/{i}" for i in range(7)] + 2 * [f"b/{i}" for i in range(20)])
+    assert len(mixture.open_split(limited(), tokenizer, "a", "val")) == 9
+    limits["a"] = 51
+    with pytest.raises(ValueError, match=r"data.sources.a.max_records 51: there are 50 training records; lower it"):
+        mixture.make_train_iterator(limited(), tokenizer)
+
+
 def test_a_mixture_ends_where_every_source_reached_its_epochs(tmp_path, tokenizer, tokenizer_folder):
     for name, count in (("a", 50), ("b", 20)):
         write_source(tmp_path / name, name, tokenizer, {"train": make_records(name, count)})

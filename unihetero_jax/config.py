@@ -344,6 +344,8 @@ class SourceConfig:
         weight_schedule: (progress, factor) pairs: the weight is multiplied by the factor, linear in the share of
             `data.planned_draws` drawn. Empty: constant. So a curriculum is data, not code.
         max_epochs: it is drawn at most so many times its size; 0: without limit.
+        max_records: only the first so many of its training records, of which the preparation has made a random choice;
+            0: all. How much there is of other data is then what varies.
         order: of a record that is one image and one text: as stored, image or text first, or by a coin for each draw.
         text_first_share: of a coin's draws.
         text_loss: `stored`: text is supervised where its record says so; `none`: read only.
@@ -355,6 +357,7 @@ class SourceConfig:
     augment: Literal["none", "mirror_shift", "nlvr"]
     weight_schedule: tuple[tuple[float, ...], ...] = ()
     max_epochs: float = 0.0
+    max_records: int = 0
     order: Literal["stored", "image_first", "text_first", "coin"] = "stored"
     text_first_share: float = 0.5
     text_loss: Literal["stored", "none"] = "stored"

@@ -215,6 +215,7 @@ def _source_rules(config: Config, name: str) -> list[tuple[bool, str]]:
             not source.weight_schedule or config.data.planned_draws > 0,
             f"{path}.weight_schedule needs data.planned_draws: the number of draws at which progress is 1",
         ),
+        (source.max_records >= 0, f"{path}.max_records {source.max_records} must not be negative; 0 means all"),
         (source.max_epochs >= 0, f"{path}.max_epochs {source.max_epochs} must not be negative; 0 means without limit"),
         (
             0 <= source.text_first_share <= 1,

@@ -64,14 +64,20 @@ def image_spec(config: Config) -> ImageSpec:
 
 
 def open_split(config: Config, tokenizer: Tokenizer, name: str, split: str) -> Source:
-    """The `train` or `val` split of a source of the configuration. Raises ValueError if it is not whole."""
+    """The `train` or `val` split of a source of the configuration, of training as many records as it may have.
+
+    Raises:
+        ValueError: it is not whole, or has fewer records than `max_records`.
+    """
     spec = image_spec(config)
     data = config.data
     index = index_key(tokenizer.hash, spec, data.turns)
     readers = shared_readers(data.cache_dir, int(data.cache_gib * 2**30))
-    return open_source(
+    source = open_source(
         name, data.sources[name].path, split, index, data.tokenizer, spec, readers, data.verify_digests, data.turns
     )  # fmt: skip
+    limit = data.sources[name].max_records
+    return source.first(limit) if limit and split == "train" else source
 
 
 def make_schedule(

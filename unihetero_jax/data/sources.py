@@ -68,6 +68,19 @@ class Source:
         except (RuntimeError, OSError, ValueError, IndexError) as error:  # what the reader raises for damaged blocks
             raise RecordError("unreadable_record", str(error)) from error
 
+    def first(self, number: int) -> "Source":
+        """The source of its first so many records.
+
+        Raises:
+            ValueError: it has fewer.
+        """
+        if number > len(self):
+            raise ValueError(
+                f"{self.field.removesuffix('path')}max_records {number}: there are {len(self)} training records; lower "
+                "it, or set it to 0 for all"
+            )
+        return dataclasses.replace(self, index=self.index[:number], ends=tuple(min(end, number) for end in self.ends))
+
     @property
     def is_in_bucket(self) -> bool:
         """Whether its files have to be copied before they are read."""
