@@ -1,6 +1,7 @@
 """Sweeps: what is planned, that nothing is trained twice or lost, and that interruptions do not change the table."""
 
 import json
+import shutil
 import signal
 import subprocess
 
@@ -193,18 +194,23 @@ def test_a_protocol_is_registered_once_and_void_when_the_file_changes(sweep_file
     sweep_file.write_text(sweep_file.read_text() + PROTOCOL)
     flag, workdir = f"{sweep_file}:smoke", tmp_path / "w"
     workdir.mkdir()
-    preregistration.register(flag, workdir)
+    preregistration.register(flag, sweep_plan.plan_file(flag), workdir)
     first = claims.read_protocol(workdir / "protocol.json")
     assert first.protocol == sweep_plan.protocol_of(flag) and not first.voided
     assert first.about["commit"].startswith("unknown") and len(first.about["digest"]) == 16
     sweep_file.write_text(sweep_file.read_text().replace("0.01", "0.02"))
-    preregistration.register(flag, workdir)
+    preregistration.register(flag, sweep_plan.plan_file(flag), workdir)
     assert claims.read_protocol(workdir / "protocol.json").protocol.margin == 0.02, "nothing had run yet"
     (workdir / "runs" / "understanding-0-abc").mkdir(parents=True)
-    preregistration.register(flag, workdir)
+    other_plan = workdir.parent / "other"
+    shutil.copytree(workdir, other_plan)
+    preregistration.register(flag, sweep_plan.plan_file(flag.replace("smoke", "scenes")), other_plan)
+    assert claims.read_protocol(other_plan / "protocol.json").voided, "the same file, but other seeds and steps"
+    capsys.readouterr()
+    preregistration.register(flag, sweep_plan.plan_file(flag), workdir)
     assert not claims.read_protocol(workdir / "protocol.json").voided
     sweep_file.write_text(sweep_file.read_text().replace("0.02", "0.001"))
-    preregistration.register(flag, workdir)
+    preregistration.register(flag, sweep_plan.plan_file(flag), workdir)
     last = claims.read_protocol(workdir / "protocol.json")
     assert last.protocol.margin == 0.02 and "changed after the first run" in last.voided
     assert "VOID: " in capsys.readouterr().out
@@ -227,11 +233,11 @@ def test_a_protocol_in_a_repository_names_its_commit(sweep_file, tmp_path):
     git("init")
     git("add", "sweep.py")
     git("commit", "-m", "x")
-    preregistration.register(str(sweep_file), tmp_path / "w")
+    preregistration.register(str(sweep_file), [], tmp_path / "w")
     head = git("rev-parse", "HEAD").stdout.strip()
     assert claims.read_protocol(tmp_path / "w" / "protocol.json").about["commit"] == head
     sweep_file.write_text(sweep_file.read_text() + "\n")
-    preregistration.register(str(sweep_file), tmp_path / "w")
+    preregistration.register(str(sweep_file), [], tmp_path / "w")
     assert claims.read_protocol(tmp_path / "w" / "protocol.json").about["commit"] == f"not committed (HEAD {head})"
 
 

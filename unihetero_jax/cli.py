@@ -346,7 +346,7 @@ def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     workdir.mkdir(parents=True, exist_ok=True)
     if flags.sweep:
-        preregistration.register(flags.sweep, workdir)
+        preregistration.register(flags.sweep, planned, workdir)
     if flags.launcher != "local":
         _write_array(flags, planned, workdir)
         return 0

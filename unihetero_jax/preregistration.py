@@ -21,14 +21,14 @@ PROTOCOL_FILE = "protocol.json"
 MATCHED_WITHIN = 0.01
 
 
-def register(flag: str, workdir: Path) -> None:
-    """Writes the sweep file's protocol beside the results, once; voids it where the file has changed since a run."""
+def register(flag: str, planned: Sequence[Planned], workdir: Path) -> None:
+    """Writes the protocol beside the results, once; voids it where file, protocol or plan changed since a run."""
     protocol = protocol_of(flag)
     if protocol is None:
         return
     path, target = path_of(flag), workdir / PROTOCOL_FILE
     about = {
-        "file": os.fspath(path), "digest": hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest(),
+        "file": os.fspath(path), "digest": _digest(path, protocol, planned),
         "commit": _commit_of(path), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     has_runs = any((workdir / "runs").glob("*"))
@@ -42,6 +42,14 @@ def register(flag: str, workdir: Path) -> None:
     else:
         stored = dataclasses.asdict(protocol) | {"registered": about}
     write_atomically(target, json.dumps(stored, indent=1) + "\n")
+
+
+def _digest(path: Path, protocol: Protocol, planned: Sequence[Planned]) -> str:
+    """Of the file, of what it says, and of every run's whole configuration, wherever that comes from."""
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=8)
+    for text in (json.dumps(dataclasses.asdict(protocol)), *sorted(one.name for one in planned)):
+        digest.update(text.encode())
+    return digest.hexdigest()
 
 
 def _commit_of(path: Path) -> str:

@@ -17,10 +17,11 @@ mode of the encoder (`experiments/scene_claims.py`).
 from collections.abc import Iterator
 from typing import Any
 
-BASE = "experiments/scene_claims.py"
-BASELINES = ["understanding", "understanding_i2t"]
+from experiments.sweeps.common import BASE, BASELINES, GATE, METRIC, SEEDS, STEPS, check_scale, groups, schedule
+
+__all__ = ["BASE", "PROTOCOL", "sweep"]
 PROTOCOL = {
-    "metric": "answer_nll/scenes",
+    "metric": METRIC,
     "margin": 0.02,
     "num_seeds": 8,
     "matching": "data",
@@ -36,13 +37,10 @@ PROTOCOL = {
     "positive": ["what is where, told to it, helps"],
     "negative": ["another image's embeddings help"],
     "exploratory": ["the encoder's output as target helps", "the position's own embedding as target helps"],
-    "gate": {"metric": "accuracy/scenes", "chance": 0.292, "low": 0.4, "high": 0.7},
+    "gate": GATE,
 }
-SCALES = {"smoke": (1, 20), "pilot": (16, 700), "scenes": (8, 700), "accelerator": (64, 2000)}
-"""Seeds and steps. Fewer than 8 seeds is exploratory."""
-PILOT_SEED, REPLICATES = 1000, 8
-"""The pilot's seeds are used by nothing else. So many models are trained in one step and share its order of data; each
-group of them has its own (our choice)."""
+PILOT_SEED, PILOT_SEEDS = 1000, 16
+"""Used by nothing else."""
 LADDER = ("semantic_input", "semantic_encoder", "patch", "pixels", "random")
 CONTROLS: dict[str, dict[str, Any]] = {
     "": {},
@@ -63,20 +61,16 @@ SHARES = (0.25, 0.5, 0.75)
 def sweep(scale: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The arms, for each group of seeds in turn."""
     name, _, mode = scale.partition("-")
-    if name not in SCALES or mode not in MODES:
-        raise ValueError(
-            f"claim1_semantics_not_pixels: scale {scale!r}; there are {', '.join(SCALES)}, each also with -trainable "
-            "and -scratch"
-        )
-    num_seeds, steps = SCALES[name]
-    first = PILOT_SEED if name == "pilot" else 0
-    common = {"train.num_steps": steps, "train.eval_every_steps": steps, "checkpoint.every_steps": steps}
-    for seed in range(first, first + num_seeds, REPLICATES):
-        own = common | MODES[mode] | {
-            "seed": seed, "data.seed": seed, "train.num_replicates": min(REPLICATES, num_seeds),
-        }  # fmt: skip
+    check_scale(
+        "claim1_semantics_not_pixels",
+        scale,
+        [f"{one}{'-' * bool(of)}{of}" for one in (*SEEDS, "pilot") for of in MODES],
+    )
+    is_pilot = name == "pilot"
+    common = schedule(STEPS["scenes" if is_pilot else name]) | MODES[mode]
+    for seeds in groups(PILOT_SEEDS, PILOT_SEED) if is_pilot else groups(SEEDS[name]):
         for arm, overrides in _arms(name):
-            yield arm, own | overrides
+            yield arm, common | seeds | overrides
 
 
 def _arms(scale: str) -> Iterator[tuple[str, dict[str, Any]]]:

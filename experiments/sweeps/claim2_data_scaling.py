@@ -14,9 +14,9 @@ over them. Scales: `smoke` (minutes), `scenes` (two cores, hours), `accelerator`
 from collections.abc import Iterator
 from typing import Any
 
-BASE = "experiments/scene_claims.py"
-BASELINES = ("understanding", "understanding_i2t")
-STEPS = 700
+from experiments.sweeps.common import BASE, BASELINES, METRIC, SEEDS, STEPS, check_scale, groups, schedule
+
+__all__ = ["BASE", "PROTOCOL", "sweep"]
 POOLS = {
     "smoke": (128, 256),
     "scenes": (128, 512, 2048, 8192, 20_000),
@@ -24,12 +24,10 @@ POOLS = {
 }
 FRESH = {"smoke": (20, 40), "scenes": (175, 350, 700, 1400), "accelerator": (175, 350, 700, 1400, 2800, 5600, 11_200)}
 """Steps; a step has some 32 pairs."""
-SEEDS = {"smoke": 1, "scenes": 8, "accelerator": 64}
-REPLICATES = 8
 PAIRS_PER_STEP = 32
 LARGE_WORLD = 131_072
 PROTOCOL = {
-    "metric": "answer_nll/scenes",
+    "metric": METRIC,
     "margin": 0.02,
     "num_seeds": 8,
     "matching": "data",
@@ -44,15 +42,11 @@ PROTOCOL = {
 def sweep(scale: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The arms at every size, for each group of seeds in turn."""
     name, _, kind = scale.partition("-")
-    if name not in SEEDS or kind not in ("pool", "fresh"):
-        raise ValueError(
-            f"claim2_data_scaling: scale {scale!r}; there are {', '.join(SEEDS)}, each with -pool or -fresh"
-        )
-    for seed in range(0, SEEDS[name], REPLICATES):
-        own = {"seed": seed, "data.seed": seed, "train.num_replicates": min(REPLICATES, SEEDS[name])}
+    check_scale("claim2_data_scaling", scale, [f"{one}-{of}" for one in SEEDS for of in ("pool", "fresh")])
+    for seeds in groups(SEEDS[name]):
         for size, changes in _pool(name) if kind == "pool" else _fresh(name):
             for objective in (*BASELINES, "semantic_input"):
-                yield f"{objective}@{size}", own | changes | {"objective": objective}
+                yield f"{objective}@{size}", seeds | changes | {"objective": objective}
 
 
 def _pool(scale: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -65,15 +59,9 @@ def _pool(scale: str) -> Iterator[tuple[int, dict[str, Any]]]:
         world |= {"eval.benchmarks.scenes": f"{path}/questions.tsv"}
     for size in POOLS[scale]:
         limits = {f"data.sources.{name}.max_records": size for name in ("qa", "generation", "objects")}
-        yield size, world | limits | _schedule(20 if scale == "smoke" else STEPS)
+        yield size, world | limits | schedule(STEPS["smoke" if scale == "smoke" else "scenes"])
 
 
 def _fresh(scale: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for steps in FRESH[scale]:
-        yield steps * PAIRS_PER_STEP, _schedule(steps)
-
-
-def _schedule(steps: int) -> dict[str, Any]:
-    warmup = max(steps // 5, 1)
-    return {"train.num_steps": steps, "train.eval_every_steps": steps, "checkpoint.every_steps": steps,
-            "optimizer.warmup_steps": warmup}  # fmt: skip
+        yield steps * PAIRS_PER_STEP, schedule(steps)

@@ -1,0 +1,35 @@
+"""What the shipped sweeps share: scales, groups of seeds that are trained in one step, and schedules."""
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+BASE = "experiments/scene_claims.py"
+BASELINES = ["understanding", "understanding_i2t"]
+METRIC = "answer_nll/scenes"
+SEEDS = {"smoke": 1, "scenes": 8, "accelerator": 64}
+"""Fewer than 8 is exploratory."""
+STEPS = {"smoke": 20, "scenes": 700, "accelerator": 2000}
+REPLICATES = 8
+"""Models that are trained in one step and share their order of data; each group of them has its own (our choice)."""
+GATE = {"metric": "accuracy/scenes", "chance": 0.292, "low": 0.4, "high": 0.7}
+
+
+def check_scale(sweep: str, scale: str, known: Collection[str]) -> None:
+    """Raises ValueError for a scale that the sweep does not have."""
+    if scale not in known:
+        raise ValueError(f"{sweep}: scale {scale!r}; there are {', '.join(known)}")
+
+
+def groups(num_seeds: int, first: int = 0, replicates: int = REPLICATES) -> Iterator[dict[str, Any]]:
+    """Overrides of each group of seeds."""
+    size = min(replicates, num_seeds)
+    for seed in range(first, first + num_seeds, size):
+        yield {"seed": seed, "data.seed": seed, "train.num_replicates": size}
+
+
+def schedule(steps: int) -> dict[str, Any]:
+    """Overrides of a complete schedule of so many steps, evaluated and stored at its end."""
+    return {
+        "train.num_steps": steps, "train.eval_every_steps": steps, "checkpoint.every_steps": steps,
+        "optimizer.warmup_steps": max(min(200, steps // 5), 1),
+    }  # fmt: skip
