@@ -33,8 +33,9 @@ from unihetero_jax.model.layers import (
     stack_layers,
 )
 
-_QUERY_SCALE = 0.02
-"""Standard deviation of fresh queries (as both papers' code): what is read soon outweighs them."""
+_QUERY_SCALE = 1.0
+"""Standard deviation of fresh queries (our choice: with .02, as both papers' code has it for long pretraining, what all
+of them read outweighs what tells them apart, and an image's tokens become one vector; docs/generation.md)."""
 
 
 class QueryConnector(nnx.Module):
