@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.loss.update(visual_weight=1.0, visual_weight_start=1.0, visual_ramp_steps=20)
     config.eval.benchmarks = ConfigDict({"scenes": f"{PATH}/questions.tsv"})
     config.eval.rollout_source, config.eval.without_image = "", True
-    config.train.num_steps = config.train.eval_every_steps = config.checkpoint.every_steps = 700
+    config.train.num_steps = config.train.eval_every_steps = config.checkpoint.every_steps = 500
     if mode != "scratch":
         config.init_from.update(workdir=ENCODER, components=("encoder",))
     if mode == "frozen":

@@ -22,7 +22,7 @@ POOLS = {
     "scenes": (128, 512, 2048, 8192, 20_000),
     "accelerator": tuple(2**i for i in range(7, 18)),
 }
-FRESH = {"smoke": (20, 40), "scenes": (175, 350, 700, 1400), "accelerator": (175, 350, 700, 1400, 2800, 5600, 11_200)}
+FRESH = {"smoke": (20, 40), "scenes": (125, 250, 500, 1000), "accelerator": (125, 250, 500, 1000, 2000, 4000, 8000)}
 """Steps; a step has some 32 pairs."""
 PAIRS_PER_STEP = 32
 LARGE_WORLD = 131_072

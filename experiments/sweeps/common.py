@@ -8,7 +8,7 @@ BASELINES = ["understanding", "understanding_i2t"]
 METRIC = "answer_nll/scenes"
 SEEDS = {"smoke": 1, "scenes": 8, "accelerator": 64}
 """Fewer than 8 is exploratory."""
-STEPS = {"smoke": 20, "scenes": 700, "accelerator": 2000}
+STEPS = {"smoke": 20, "scenes": 500, "accelerator": 2000}
 REPLICATES = 8
 """Models that are trained in one step and share their order of data; each group of them has its own (our choice)."""
 GATE = {"metric": "accuracy/scenes", "chance": 0.292, "low": 0.4, "high": 0.7}
