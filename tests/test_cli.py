@@ -64,7 +64,7 @@ def test_one_step_makes_a_world_a_checkpoint_and_a_validation(trained):
 
 def test_a_scene_world_has_the_seed_that_is_asked_for(tmp_path, tiny_experiment):
     changes = {"scene_world__path": str(tmp_path / "world"), "scene_world__num_scenes": 4, "scene_world__seed": 9}
-    train_run._make_scene_world(tiny_experiment(**changes))
+    train_run.make_scene_world(tiny_experiment(**changes))
     assert json.loads((tmp_path / "world" / "manifest.json").read_text())["seed"] == 9
 
 

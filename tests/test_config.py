@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from experiments import base
 from unihetero_jax import config_reading as config_lib
 from unihetero_jax.command_line import load_experiment
 from unihetero_jax.config import Config, ConfigError, config_hash, to_dict
@@ -230,3 +231,16 @@ def test_every_section_is_reachable_by_its_dotted_path(values):
         "data.row_tokens", "data.row_patches",
     ):  # fmt: skip
         assert name in flat
+
+
+def test_the_input_cut_needs_a_source_whose_text_teaches_the_encoder():
+    """Images alone beside other sources are fine; a visual loss on all images of all sources is not."""
+    values = base.get_config().to_dict()
+    source = {"path": "x", "weight": 1.0, "augment": "none"}
+    values["data"]["sources"] = {"images": source | {"visual_loss": "all"}, "questions": source}
+    assert from_config_dict(values).loss.cut_input_gradient
+    values["loss"]["visual_loss_on"] = "all"
+    with pytest.raises(ConfigError, match=r"all images of all sources would train encoder .* loss.target=ema"):
+        from_config_dict(values)
+    values["loss"]["cut_input_gradient"] = False
+    from_config_dict(values)

@@ -14,6 +14,8 @@ from unihetero_jax.sharding import make_mesh
 from unihetero_jax.state import update_ema
 from unihetero_jax.train import train
 
+AVERAGED = {"loss__target": "ema", "loss__cut_input_gradient": False}
+
 
 def host(tree):
     return jax.device_get(tree)
@@ -41,7 +43,7 @@ def donor(tiny_experiment, tmp_path_factory):
 @pytest.fixture(scope="module")
 def fresh(tiny_experiment):
     """(state, its parameters on the host) of a run that starts from nothing."""
-    config = tiny_experiment()
+    config = tiny_experiment(**AVERAGED)
     state = step.init_state(config, make_mesh(config.mesh))
     return state, host(state.params)
 
@@ -50,7 +52,7 @@ def test_named_components_of_the_named_step_are_taken(donor, fresh, tiny_experim
     workdir, stored = donor
     changes = {"init_from__workdir": workdir, "init_from__components": "encoder,projector"}
     state, params = fresh
-    loaded = train_module._init_from(tiny_experiment(init_from__step=10, **changes), state)
+    loaded = train_module._init_from(tiny_experiment(init_from__step=10, **AVERAGED, **changes), state)
     taken = host(loaded.params)
     for name in ("encoder", "projector"):
         assert same(taken[name], stored[name]) and not same(taken[name], params[name])

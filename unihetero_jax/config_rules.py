@@ -177,6 +177,13 @@ def _validate_data(config: Config) -> list[str]:
         ("://" not in config.scene_world.path, f"scene_world.path {config.scene_world.path} must be a local path"),
         (data.cache_gib > 0, f"data.cache_gib {data.cache_gib} must be positive"),
         (0 <= data.max_failed_share <= 1, f"data.max_failed_share {data.max_failed_share} must lie in [0, 1]"),
+        (
+            not (config.loss.cut_input_gradient and data.sources)
+            or any(visual_loss_of(config, name) != "all" for name in data.sources),
+            "loss.cut_input_gradient with a visual loss on all images of all sources would train encoder and projector "
+            "by nothing: set loss.visual_loss_on, or a source's visual_loss, to generated, or take "
+            "loss.cut_input_gradient=False with loss.target=ema",
+        ),
     ]
     rules += [rule for name in data.sources for rule in _source_rules(config, name)]
     positive = {
@@ -220,11 +227,6 @@ def _source_rules(config: Config, name: str) -> list[tuple[bool, str]]:
         (
             0 <= source.text_first_share <= 1,
             f"{path}.text_first_share {source.text_first_share} must lie in [0, 1]",
-        ),
-        (
-            not (config.loss.cut_input_gradient and visual_loss_of(config, name) == "all"),
-            f"loss.cut_input_gradient with a visual loss on all images of {path} would train encoder and projector by "
-            "nothing; set loss.visual_loss_on or the source's visual_loss to generated",
         ),
     ]
 
