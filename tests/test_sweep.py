@@ -309,6 +309,8 @@ SHIPPED = {
     "claim2_data_scaling": {
         "smoke-pool": 6, "smoke-fresh": 6, "scenes-pool": 15, "scenes-fresh": 12, "accelerator-pool": 8 * 33,
     },
+    "connectors": {"smoke": 8, "scenes": 8, "accelerator": 64},
+    "split_branch": {"smoke": 5, "scenes": 5, "accelerator": 40},
 }  # fmt: skip
 
 
