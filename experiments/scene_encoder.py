@@ -28,9 +28,10 @@ from experiments import quickstart
 from unihetero_jax.arrays import Batch, ModelOutput
 from unihetero_jax.checkpoint import Checkpointer, list_steps
 from unihetero_jax.config import MERGED_PATCHES, Config, to_dict
-from unihetero_jax.config_reading import from_config_dict
+from unihetero_jax.config_reading import differences, from_config_dict
 from unihetero_jax.data.mixture import make_train_iterator, validation_batches
 from unihetero_jax.data.tokenizer import load_tokenizer
+from unihetero_jax.loaded_run import load_run
 from unihetero_jax.metrics import announce
 from unihetero_jax.model.unihetero import Params, build, init_params
 from unihetero_jax.optim import is_decayed, learning_rate_schedule
@@ -87,11 +88,15 @@ def train_encoder(config: Config, workdir: str) -> None:
     """Learns from pairs for `train.num_steps` steps and stores the last one; an interrupted training starts again.
 
     Raises:
+        ValueError: the folder holds an encoder of another configuration.
         WorkdirError: another process trains it.
     """
     folder = prepare_workdir(workdir)
     if config.train.num_steps in list_steps(folder):
-        announce(f"{workdir}: the encoder is there")
+        run = load_run(workdir, config.train.num_steps, 0)
+        if differing := differences(to_dict(run.config), to_dict(config)):
+            raise ValueError(f"--workdir={workdir} holds another encoder ({'; '.join(differing)}); name another folder")
+        announce(f"{workdir}: encoder {digest_of(run.params['encoder'])} is there")
         return
     with RunLock(folder):
         make_scene_world(config)

@@ -121,7 +121,7 @@ def test_a_pilot_says_what_can_be_seen(tmp_path):
     assert "16 seeds and 3 primary contrasts" in text and "a margin of 0.02 needs" in text
     with pytest.raises(ValueError, match="at least three seeds of understanding and understanding_i2t, not 2"):
         claims.read_pilot({"answer_nll": {name: {0: 1.0, 1: 2.0} for name in values}}, _protocol(tmp_path))
-    with pytest.raises(ValueError, match="needs answer_nll of two baselines"):
+    with pytest.raises(ValueError, match="of the two baselines of a contrast"):
         claims.read_pilot({"answer_nll": {"understanding": {0: 1.0}}}, _protocol(tmp_path))
 
 
@@ -129,6 +129,32 @@ def test_a_collapsed_arm_is_labelled_and_counts(tmp_path):
     table = claims.read_table(_file(tmp_path, rows(collapsed=("helps",))))
     found = {one.contrast.name: one for one in claims.verify(table, _protocol(tmp_path))}
     assert found["helps"].verdict == "collapsed in 16 of 16" and found["helps"].contrast.num_seeds == 16
+
+
+def test_a_collapsed_baseline_is_labelled_too_and_what_is_not_measured_is_not_zero(tmp_path):
+    table = claims.read_table(_file(tmp_path, rows(collapsed=("understanding_i2t",))))
+    found = {one.contrast.name: one for one in claims.verify(table, _protocol(tmp_path))}
+    assert found["helps"].verdict == "baseline collapsed in 16 of 16" and found["helps"].collapsed == (0, 16)
+    unsaid = {name: values for name, values in table.items() if name != "collapsed"}
+    assert {one.collapsed for one in claims.verify(unsaid, _protocol(tmp_path))} == {None}
+
+
+def test_a_contrast_has_one_role(tmp_path, capsys):
+    assert main(write(tmp_path, rows(), protocol(exploratory=["revealed"]))) == 2
+    assert "'revealed' has two roles; leave it in one of positive, negative, exploratory" in capsys.readouterr().err
+
+
+def test_the_gate_looks_at_baselines_and_no_treated_arm(tmp_path, capsys):
+    """An arm that is another's baseline does not open the gate."""
+    gate = {"metric": "accuracy", "chance": 0.25, "low": 0.4, "high": 0.7}
+    contrasts = {"helps": ["helps", "understanding_i2t"], "more": ["nothing", "helps"]}
+    flags = [{"arm": arm, "seed": 0, "metric": "accuracy", "value": value}
+             for arm, value in (("understanding_i2t", 0.3), ("helps", 0.7))]  # fmt: skip
+    plan = protocol(gate=gate, contrasts=contrasts, positive=[], negative=[])
+    assert main(write(tmp_path, rows() + flags, plan)) == 1
+    assert "the baseline is at 0.07" in capsys.readouterr().out
+    assert main(write(tmp_path, rows() + flags[1:], plan)) == 2
+    assert "the gate needs accuracy of a baseline (understanding_i2t)" in capsys.readouterr().err
 
 
 def test_few_seeds_are_exploratory_and_missing_ones_are_named(tmp_path, capsys):

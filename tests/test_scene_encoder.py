@@ -90,5 +90,7 @@ def test_it_is_trained_once_stored_and_can_be_started_from(tiny_experiment, tiny
     fresh = scene_encoder.init_towers(config)["model"]["encoder"]
     assert scene_encoder.digest_of(fresh) != scene_encoder.digest_of(stored), "and it has learned"
     scene_encoder.train_encoder(config, str(tmp_path / "encoder"))
-    assert "the encoder is there" in capsys.readouterr().out
+    assert f"encoder {scene_encoder.digest_of(stored)} is there" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"holds another encoder \(seed: "):
+        scene_encoder.train_encoder(dataclasses.replace(config, seed=5), str(tmp_path / "encoder"))
     assert scene_encoder.main(["--level=hard", "--workdir=/dev/null/x"]) == 2

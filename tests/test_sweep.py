@@ -16,6 +16,7 @@ from unihetero_jax.cli import main
 from unihetero_jax.command_line import with_overrides
 from unihetero_jax.config import to_dict
 from unihetero_jax.model.unihetero import init_params
+from unihetero_jax.reporting import collapse_alarms, has_collapsed
 from unihetero_jax.train import Interrupted
 from unihetero_jax.workdir import RunLock
 
@@ -162,7 +163,7 @@ def test_a_run_is_finished_when_its_rollouts_are_measured_too(tmp_path, monkeypa
     (tmp_path / "eval" / "rollout-2000.json").write_text("{}")
     assert sweep.is_finished(one, tmp_path)
     with pytest.raises(ValueError, match="whose rollouts are measured of the first alone"):
-        sweep_plan.plan_product("experiments/quickstart.py", ["seed=0,1", "train.num_replicates=4"])
+        sweep_plan.plan_product("experiments/quickstart.py", ["seed=0,4", "train.num_replicates=4"])
 
 
 def test_replicates_fill_the_table_like_runs_of_their_own(sweep_file, tiny_world, tmp_path, capsys):
@@ -196,7 +197,7 @@ def test_a_protocol_is_registered_once_and_void_when_the_file_changes(sweep_file
     workdir.mkdir()
     preregistration.register(flag, sweep_plan.plan_file(flag), workdir)
     first = claims.read_protocol(workdir / "protocol.json")
-    assert first.protocol == sweep_plan.protocol_of(flag) and not first.voided
+    assert first.protocol == sweep_plan.protocol_of(flag, sweep_plan.plan_file(flag)) and not first.voided
     assert first.about["commit"].startswith("unknown") and len(first.about["digest"]) == 16
     sweep_file.write_text(sweep_file.read_text().replace("0.01", "0.02"))
     preregistration.register(flag, sweep_plan.plan_file(flag), workdir)
@@ -239,6 +240,36 @@ def test_a_protocol_in_a_repository_names_its_commit(sweep_file, tmp_path):
     sweep_file.write_text(sweep_file.read_text() + "\n")
     preregistration.register(str(sweep_file), [], tmp_path / "w")
     assert claims.read_protocol(tmp_path / "w" / "protocol.json").about["commit"] == f"not committed (HEAD {head})"
+
+
+def test_runs_from_before_a_protocol_void_it(sweep_file, tmp_path, capsys):
+    sweep_file.write_text(sweep_file.read_text() + PROTOCOL)
+    (tmp_path / "w" / "runs" / "understanding-0-abc").mkdir(parents=True)
+    preregistration.register(str(sweep_file), [], tmp_path / "w")
+    assert "registered after the first run" in claims.read_protocol(tmp_path / "w" / "protocol.json").voided
+    assert "VOID: " in capsys.readouterr().out
+    (tmp_path / "w" / "protocol.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"protocol\.json was written by hand"):
+        preregistration.register(str(sweep_file), [], tmp_path / "w")
+
+
+def test_an_arm_has_each_seed_once(sweep_file):
+    text = sweep_file.read_text().replace('"seed": seed,', '"seed": seed, "train.num_replicates": 2,')
+    sweep_file.write_text(text)
+    with pytest.raises(ValueError, match="plans understanding, seed 1 twice; a table has one value"):
+        sweep_plan.plan_file(f"{sweep_file}:scenes")
+
+
+def test_a_short_run_that_tells_places_alone_has_collapsed():
+    """The alarm's grace is for runs that go on; a warning is no collapse."""
+    thresholds = with_overrides(quickstart.get_config().to_dict(), []).diagnostics
+    terms = {"within_spread": {"mean": [0.8, 0.15, 0.8]}, "across_spread": {"mean": [0.02, 0.4, 0.4]}}
+    assert [has_collapsed(thresholds, terms, i) for i in range(3)] == [True, False, False]
+    assert has_collapsed(thresholds, {"within_spread": {"mean": 0.05}}, None)
+    assert not has_collapsed(thresholds, {"within_spread": {"mean": None}}, None) and not has_collapsed(
+        thresholds, {}, 0
+    )
+    assert not collapse_alarms(thresholds, 500, {"within_spread": 1, "across_spread": 0.02, "copy_previous_cosine": 1})
 
 
 def arms(**by_arm):
@@ -291,7 +322,7 @@ def test_a_dry_run_says_what_the_planned_seeds_can_show(sweep_file, tmp_path, ca
     sweep_file.write_text(sweep_file.read_text() + PROTOCOL)
     assert main(command) == 0 and "unknown without --pilot" in capsys.readouterr().out
     assert main([*command, f"--pilot={pilot}"]) == 0
-    assert "smallest detectable difference with 8 seeds and 1 primary contrasts" in capsys.readouterr().out
+    assert "smallest detectable difference with 2 seeds and 1 primary contrasts" in capsys.readouterr().out
 
 
 def test_flags_that_contradict_each_other_are_refused(tmp_path, capsys):
@@ -306,24 +337,24 @@ SHIPPED = {
         "smoke": 8, "pilot": 2 * 2, "scenes": 8, "scenes-trainable": 8, "scenes-scratch": 8,
         "accelerator": 8 * (3 + 3 * 15 + 3 * 2 + 2 * 2),
     },
-    "claim2_data_scaling": {
-        "smoke-pool": 6, "smoke-fresh": 6, "scenes-pool": 15, "scenes-fresh": 12, "accelerator-pool": 8 * 33,
-    },
-    "connectors": {"smoke": 8, "scenes": 8, "accelerator": 64},
+    "claim2_pool": {"smoke": 9, "scenes": 12, "accelerator": 8 * 24},
+    "claim2_fresh": {"smoke": 12, "scenes": 15, "accelerator": 8 * 21},
+    "connectors": {"smoke": 12, "scenes": 12, "accelerator": 96},
     "split_branch": {"smoke": 5, "scenes": 5, "accelerator": 40},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_the_shipped_sweeps_plan_runs_that_are_valid_and_match(name):
+def test_the_shipped_sweeps_plan_runs_that_are_valid_match_and_can_be_judged(name):
     path = f"experiments/sweeps/{name}.py"
-    protocol = sweep_plan.protocol_of(path)
-    assert protocol is not None
-    in_contrasts = {one for arm, baselines in protocol.contrasts.values() for one in (arm, *baselines)}
     for scale, num_runs in SHIPPED[name].items():
         planned = sweep_plan.plan_file(f"{path}:{scale}")
         assert len(planned) == num_runs and len({one.name for one in planned}) == num_runs, scale
+        protocol = sweep_plan.protocol_of(path, planned)
+        assert protocol is not None
+        assert protocol.num_seeds == {"smoke": 1, "pilot": 16, "scenes": 8, "accelerator": 64}[scale.partition("-")[0]]
         preregistration.check_matching(planned, protocol)
-        assert scale.startswith(("pilot", "smoke")) or "fresh" in scale or in_contrasts <= {one.arm for one in planned}
+        in_contrasts = {one for arm, baselines in protocol.contrasts.values() for one in (arm, *baselines)}
+        assert scale == "pilot" or in_contrasts <= {one.arm for one in planned}, scale
     with pytest.raises(ValueError, match="there are smoke"):
         sweep_plan.plan_file(f"{path}:moon")

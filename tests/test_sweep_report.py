@@ -69,7 +69,7 @@ def test_the_page_has_every_contrast_arm_and_run():
     ]  # fmt: skip
     mean = np.mean(list(table["answer_nll"]["good"].values()))
     (arm,) = [row for row in page.rows if row[0] == "good" and len(row) == 5]
-    assert arm[1] == "8" and arm[2].startswith(f"{mean:.4f} ± ") and arm[3:] == ["0", "0.25"]
+    assert arm[1] == "8" and arm[2].startswith(f"{mean:.4f} ± ") and arm[3:] == ["0 of 8", "0.25"]
     runs = [row for row in page.rows if len(row) == 4 and row[1].isdigit() and row[0] != "arm"]
     assert len(runs) == 4 * SEEDS and sum(row[3] == "yes" for row in runs) == SEEDS
     assert len(page.images) == 2 and all(one["src"].startswith("data:image/png") and one["alt"] for one in page.images)
@@ -105,7 +105,7 @@ def test_arms_of_several_sizes_become_curves_with_their_laws():
     assert len(page_of(table, registered(("good",))).images) == 3
     few = {f"short@{size}": np.full(SEEDS, 1.0 / size) for size in (10, 20)}
     short = report.curves_of(table_of({}, **few), "answer_nll")
-    assert "a law needs 4: 3 more are missing" in next(report.describe_curves(short))[2]
+    assert "a law needs 4: 2 more are missing" in next(report.describe_curves(short))[2]
 
 
 def test_the_command_writes_it_beside_the_table(tmp_path, capsys):
@@ -119,5 +119,10 @@ def test_the_command_writes_it_beside_the_table(tmp_path, capsys):
     assert main(["report", f"--results={tmp_path / 'results.csv'}", "--title=Mine"]) == 0
     assert f"see {tmp_path / 'report.html'}" in capsys.readouterr().out
     assert "<h1>Mine</h1>" in (tmp_path / "report.html").read_text()
+    protocol = (tmp_path / "protocol.json").read_text().replace('"base"]', '"lost"]')
+    (tmp_path / "protocol.json").write_text(protocol)
+    assert main(["report", f"--results={tmp_path / 'results.csv'}"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "contrast good helps: no runs of lost" in page and "Means over seeds" in page, "arms stand without verdicts"
     assert main(["report", f"--results={tmp_path / 'nothing.csv'}"]) == 2
     assert "no such file" in capsys.readouterr().err

@@ -90,21 +90,25 @@ class Finding:
     Attributes:
         contrast: from `verdicts.judge`.
         arm, baseline: that were compared.
-        collapsed: runs of the arm that collapsed, of all.
+        collapsed: runs of the arm that collapsed, of all; None where the table does not say.
+        collapsed_baseline: the same of the baseline.
         role: `primary`, `exploratory`, or the control `positive` or `negative`.
     """
 
     contrast: Contrast
     arm: str
     baseline: str
-    collapsed: tuple[int, int]
+    collapsed: tuple[int, int] | None
+    collapsed_baseline: tuple[int, int] | None
     role: str
 
     @property
     def verdict(self) -> str:
-        """The rule's verdict, or the collapse where more than a fifth of the runs had one."""
-        bad, number = self.collapsed
-        return f"collapsed in {bad} of {number}" if bad > COLLAPSE_SHARE * number else self.contrast.verdict
+        """The rule's verdict, or the collapse where more than a fifth of the runs of either side had one."""
+        for found, whose in ((self.collapsed, ""), (self.collapsed_baseline, "baseline ")):
+            if found and found[0] > COLLAPSE_SHARE * found[1]:
+                return f"{whose}collapsed in {found[0]} of {found[1]}"
+        return self.contrast.verdict
 
 
 def read_protocol(path: Path) -> Registered:
@@ -144,6 +148,8 @@ def parse_protocol(values: Mapping[str, Any], path: str) -> Protocol:
         for name in own:
             if name not in contrasts:
                 raise ValueError(f"{path}: {role} {name!r} is none of the contrasts ({', '.join(contrasts)})")
+            if sum(name in others for others in roles.values()) > 1:
+                raise ValueError(f"{path}: {name!r} has two roles; leave it in one of {', '.join(roles)}")
     matching = values.get("matching", "none")
     if matching not in typing.get_args(Matching):
         raise ValueError(f"{path}: matching {matching!r}; there are {', '.join(typing.get_args(Matching))}")
@@ -229,10 +235,15 @@ def verify(table: Table, protocol: Protocol) -> list[Finding]:
         judged[name] = judge({name: differences[name]}, protocol.margin)[0]
     found = []
     for name, (arm, baseline) in pairs.items():
-        flags = table.get(COLLAPSED, {}).get(arm, {})
-        collapsed = sum(value > 0 for value in flags.values()), len(values[arm])
-        found.append(Finding(judged[name], arm, baseline, collapsed, roles.get(name, "primary")))
+        of_arm, of_baseline = (collapsed_runs(table, one) for one in (arm, baseline))
+        found.append(Finding(judged[name], arm, baseline, of_arm, of_baseline, roles.get(name, "primary")))
     return found
+
+
+def collapsed_runs(table: Table, arm: str) -> tuple[int, int] | None:
+    """How many of an arm's runs collapsed, of how many; None where the table does not say."""
+    flags = table.get(COLLAPSED, {}).get(arm)
+    return (sum(value > 0 for value in flags.values()), len(flags)) if flags else None
 
 
 def why_withheld(findings: Sequence[Finding], registered: Registered, gate: str = "") -> list[str]:
@@ -257,8 +268,13 @@ def missed_gate(table: Table, findings: Sequence[Finding], gate: Gate | None) ->
         return ""
     if gate.metric not in table:
         raise ValueError(f"the results have no metric {gate.metric}, which the gate needs")
-    own = table[gate.metric]
-    best = max(np.mean(list(own[name].values())) for name in {one.baseline for one in findings if one.baseline in own})
+    own, treated = table[gate.metric], {one.arm for one in findings}
+    baselines = {one.baseline for one in findings if one.role == "primary"} - treated
+    if not baselines & own.keys():
+        raise ValueError(
+            f"the gate needs {gate.metric} of a baseline ({', '.join(sorted(baselines)) or 'there is none'})"
+        )
+    best = max(np.mean(list(own[name].values())) for name in baselines & own.keys())
     share = (best - gate.chance) / (1 - gate.chance)
     if gate.low <= share <= gate.high:
         return ""
@@ -288,15 +304,21 @@ def read_pilot(table: Table, protocol: Protocol) -> Pilot:
     Raises:
         ValueError: there is one baseline alone, or the table lacks it, or fewer than three seeds of both.
     """
-    baselines = list(dict.fromkeys(name for _, names in protocol.contrasts.values() for name in names))[:2]
+    baselines = next((list(names[:2]) for _, names in protocol.contrasts.values() if len(names) > 1), [])
     values = table.get(protocol.metric, {})
     if len(baselines) < 2 or not set(baselines) <= set(values):
-        raise ValueError(f"a pilot needs {protocol.metric} of two baselines ({', '.join(baselines)}); "
-                         f"there are {', '.join(sorted(values)) or 'none'}")  # fmt: skip
+        named = ", ".join(baselines) or "none has two"
+        raise ValueError(
+            f"a pilot needs {protocol.metric} of the two baselines of a contrast ({named}); there are "
+            f"{', '.join(sorted(values)) or 'none'}"
+        )
     seeds = sorted(set(values[baselines[0]]) & set(values[baselines[1]]))
     if len(seeds) < 3:
         raise ValueError(f"a pilot needs at least three seeds of {' and '.join(baselines)}, not {len(seeds)}")
     first, second = (np.array([values[name][seed] for seed in seeds]) for name in baselines)
+    if not (first - second).std(ddof=1) > 0:
+        raise ValueError(f"the pilot's {protocol.metric} of {' and '.join(baselines)} differ equally in all seeds; "
+                         "a spread of 0 says nothing, give it runs of different seeds")  # fmt: skip
     unpaired = math.sqrt(first.var(ddof=1) + second.var(ddof=1))
     return Pilot(len(seeds), float((first - second).std(ddof=1)), unpaired, float(np.corrcoef(first, second)[0, 1]))
 
@@ -304,13 +326,14 @@ def read_pilot(table: Table, protocol: Protocol) -> Pilot:
 def format_pilot(pilot: Pilot, protocol: Protocol) -> str:
     """What can be seen with the planned seeds, and how many the margin needs."""
     num_primary = len(protocol.contrasts) - len({*protocol.positive, *protocol.negative, *protocol.exploratory})
-    least = smallest_detectable(pilot.spread, protocol.num_seeds, max(num_primary, 1))
+    least = smallest_detectable(pilot.spread, max(protocol.num_seeds, 2), max(num_primary, 1))
     needed = seeds_needed(pilot.spread, protocol.margin, max(num_primary, 1))
     return (
         f"pilot of {pilot.num_seeds} seeds: {protocol.metric} of paired runs differs by a spread of {pilot.spread:.4f} "
         f"({pilot.unpaired:.4f} unpaired, correlation {pilot.correlation:.2f})\n"
-        f"smallest detectable difference with {protocol.num_seeds} seeds and {num_primary} primary contrasts: "
-        f"{least:.4f} (power {POWER:g}); a margin of {protocol.margin:g} needs {needed} seeds"
+        f"smallest detectable difference with {max(protocol.num_seeds, 2)} seeds and {num_primary} primary contrasts: "
+        f"{least:.4f} (told from 0 with power {POWER:g}; to be called supported, the estimate also has to reach the "
+        f"margin); a margin of {protocol.margin:g} needs {needed} seeds"
     )
 
 
@@ -336,8 +359,8 @@ def shown_verdict(one: Finding, protocol: Protocol, is_withheld: bool) -> str:
     verdict = "withheld" if is_withheld and one.role in CLAIMS else one.verdict
     if own.is_exploratory or one.role == "exploratory":
         verdict += " (exploratory)"
-    elif own.num_seeds < protocol.num_seeds:
-        verdict += f" ({own.num_seeds} of {protocol.num_seeds} planned seeds)"
+    elif own.num_seeds != protocol.num_seeds:
+        verdict += f" ({own.num_seeds} seeds, {protocol.num_seeds} were planned)"
     if own.seeds_to_decide and verdict.startswith("inconclusive"):
         verdict += f"; {own.seeds_to_decide} seeds would decide"
     return verdict
@@ -347,7 +370,8 @@ def to_json(findings: Sequence[Finding], registered: Registered, gate: str = "")
     """Everything that was printed, for files."""
     withheld = why_withheld(findings, registered, gate)
     rows = [
-        {"arm": one.arm, "baseline": one.baseline, "role": one.role, "collapsed": list(one.collapsed),
+        {"arm": one.arm, "baseline": one.baseline, "role": one.role, "collapsed": one.collapsed,
+         "collapsed_baseline": one.collapsed_baseline,
          "verdict": "withheld" if withheld and one.role in CLAIMS else one.verdict,
          **{name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in dataclasses.asdict(one.contrast).items() if name != "verdict"}}

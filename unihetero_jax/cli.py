@@ -323,10 +323,18 @@ def _report(flags: argparse.Namespace, overrides: list[str]) -> None:
         claims.read_table(results),
         claims.read_protocol(Path(flags.protocol or results.parent / "protocol.json")),
     )
-    findings = claims.verify(found, registered.protocol)
-    gate = claims.missed_gate(found, findings, registered.protocol.gate)
-    output = Path(flags.output or results.with_name("report.html"))
-    output.write_text(report.render(found, registered, findings, gate, flags.title or f"Sweep {results.parent.name}"))
+    findings, gate, unjudged = [], "", ""
+    try:
+        findings = claims.verify(found, registered.protocol)
+        gate = claims.missed_gate(found, findings, registered.protocol.gate)
+    except ValueError as error:  # arms and curves stand without verdicts
+        unjudged = str(error)
+        print(f"no verdicts: {error}")
+    output, title = (
+        Path(flags.output or results.with_name("report.html")),
+        flags.title or f"Sweep {results.parent.name}",
+    )
+    output.write_text(report.render(found, registered, findings, gate, title, unjudged))
     print(f"see {output}")
 
 
@@ -338,7 +346,9 @@ def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError(f"{overrides[0]}: a sweep file says all fields itself; change it, or leave --sweep out")
     planned = sweep_plan.plan_file(flags.sweep) if flags.sweep else sweep_plan.plan_product(flags.config, overrides)
     workdir = Path(flags.workdir)
-    protocol = sweep_plan.protocol_of(flags.sweep) if flags.sweep else None
+    if flags.pilot and not flags.dry_run:
+        raise ValueError(f"--pilot={flags.pilot} is for --dry-run, which trains nothing; add it, or leave --pilot out")
+    protocol = sweep_plan.protocol_of(flags.sweep, planned) if flags.sweep else None
     if protocol:
         preregistration.check_matching(planned, protocol)
     if flags.dry_run:

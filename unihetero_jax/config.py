@@ -37,8 +37,9 @@ Remat = Literal["none", "dots", "full"]
 Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
 AttentionBackend = Literal["auto", "dense", "jax_nn", "splash"]
 Conditioning = Literal["adaptive_norm", "cross_attention"]
-PatchSpace = Literal["pixels", "dct"]
 """How conditions reach the patches that a pixel decoder draws."""
+PatchSpace = Literal["pixels", "dct"]
+"""See `patch_codec.py`."""
 Turns = Literal["branches", "repeated_prefix"]
 """How independent turns of a sample lie in a row: as branches after one prefix, or each with the prefix repeated."""
 COMPONENTS: tuple[Component, ...] = typing.get_args(Component)

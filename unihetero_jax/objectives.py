@@ -19,7 +19,6 @@ from unihetero_jax.config import (
     Component,
     Config,
     LossConfig,
-    ModelConfig,
     Objective,
     VisualTarget,
     components_of,
@@ -70,14 +69,19 @@ not reach encoder and projector, and a frozen component is reached by nothing: `
 """
 
 
-def gradient_groups(model: ModelConfig, objective: Objective) -> tuple[tuple[Component, ...], ...]:
+def gradient_groups(config: Config) -> tuple[tuple[Component, ...], ...]:
     """Components that share a loss graph. Clipping acts within a group, so that an isolated part cannot change the size
-    of the others' update.
+    of the others' update: a pixel decoder whose gradient ends in it, and a visual branch that is cut off.
     """
-    components = components_of(model, objective)
-    if pixel_role(objective) in (None, "through"):
-        return (components,)
-    return tuple(name for name in components if name != "pixel_decoder"), ("pixel_decoder",)
+    role, apart = pixel_role(config.objective), []
+    if role not in (None, "through"):
+        apart.append(("pixel_decoder",))
+    components = components_of(config.model, config.objective)
+    if config.loss.cut_branch_gradient and "visual_branch" in components:
+        drawn = ("pixel_decoder",) if role == "through" else ()
+        apart.append(tuple(name for name in components if name in ("visual_branch", "semantic_head", *drawn)))
+    shared = tuple(name for name in components if not any(name in group for group in apart))
+    return shared, *apart
 
 
 def reached(config: Config, loss: LossName) -> set[Component]:

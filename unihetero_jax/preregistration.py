@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from unihetero_jax import flops
+from unihetero_jax.checkpoint import valid_step
 from unihetero_jax.claims import Matching, Protocol
 from unihetero_jax.config import Config, to_dict
 from unihetero_jax.metrics import announce
@@ -23,17 +24,25 @@ MATCHED_WITHIN = 0.01
 
 def register(flag: str, planned: Sequence[Planned], workdir: Path) -> None:
     """Writes the protocol beside the results, once; voids it where file, protocol or plan changed since a run."""
-    protocol = protocol_of(flag)
+    protocol = protocol_of(flag, planned)
     if protocol is None:
         return
     path, target = path_of(flag), workdir / PROTOCOL_FILE
+    origins = _starting_points(planned)
     about = {
-        "file": os.fspath(path), "digest": _digest(path, protocol, planned),
-        "commit": _commit_of(path), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "file": os.fspath(path), "digest": _digest(path, protocol, planned, origins), "commit": _commit_of(path),
+        "starts_from": origins, "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
     has_runs = any((workdir / "runs").glob("*"))
-    if target.exists() and has_runs:
+    if has_runs and not target.exists():
+        changed = [f"registered after the first run, on {about['date']}"]
+        stored = dataclasses.asdict(protocol) | {"registered": about, "changed": changed}
+        announce(f"VOID: {workdir} has runs from before its protocol; `verify-claims` gives no verdicts. Use another "
+                 "workdir to begin anew")  # fmt: skip
+    elif has_runs:
         stored = json.loads(target.read_text())
+        if "registered" not in stored:
+            raise ValueError(f"{target} was written by hand, field `registered` is missing; use another --workdir")
         if stored["registered"]["digest"] == about["digest"]:
             return
         stored["changed"] = [*stored.get("changed", []), f"{about['digest']} on {about['date']}"]
@@ -44,12 +53,24 @@ def register(flag: str, planned: Sequence[Planned], workdir: Path) -> None:
     write_atomically(target, json.dumps(stored, indent=1) + "\n")
 
 
-def _digest(path: Path, protocol: Protocol, planned: Sequence[Planned]) -> str:
-    """Of the file, of what it says, and of every run's whole configuration, wherever that comes from."""
+def _digest(path: Path, protocol: Protocol, planned: Sequence[Planned], origins: Mapping[str, str]) -> str:
+    """Of the file, of what it says, of every run's whole configuration, and of what they start from."""
     digest = hashlib.blake2b(path.read_bytes(), digest_size=8)
-    for text in (json.dumps(dataclasses.asdict(protocol)), *sorted(one.name for one in planned)):
+    said = json.dumps([dataclasses.asdict(protocol), dict(sorted(origins.items()))])
+    for text in (said, *sorted(one.name for one in planned)):
         digest.update(text.encode())
     return digest.hexdigest()
+
+
+def _starting_points(planned: Sequence[Planned]) -> dict[str, str]:
+    """{workdir: digest of the stored step} of every run that another one starts from."""
+    found = {}
+    for workdir, step in {(one.config.init_from.workdir, one.config.init_from.step) for one in planned}:
+        if not workdir:
+            continue
+        folder = valid_step(Path(workdir), None if step < 0 else step)
+        found[workdir] = hashlib.blake2b((folder / "manifest.json").read_bytes(), digest_size=8).hexdigest()
+    return found
 
 
 def _commit_of(path: Path) -> str:

@@ -7,14 +7,23 @@ verdict that is withheld stand where the reader looks first.
 
 import base64
 import io
-import math
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from unihetero_jax import scaling
-from unihetero_jax.claims import CLAIMS, COLLAPSED, Finding, Registered, Table, shown_verdict, why_withheld
+from unihetero_jax.claims import (
+    CLAIMS,
+    COLLAPSED,
+    Finding,
+    Registered,
+    Table,
+    collapsed_runs,
+    shown_verdict,
+    why_withheld,
+)
 from unihetero_jax.html_page import escaped, page, section, table
 
 SIZE_MARK = "@"
@@ -22,10 +31,12 @@ SIZE_MARK = "@"
 SHOWN_FIRST = ("answer_nll", "answer_nll_gain", "accuracy", "rollout_retrieval")
 """Metrics that stand in the table of arms, in this order; a metric's benchmark follows a slash."""
 _COLORS = {"supported": "#2e7d32", "not supported": "#9aa1ad", "inconclusive": "#c77700"}
-_OTHER_COLOR = "#b3261e"
+_OTHER_COLOR, _WITHHELD = "#b3261e", "#c9ced6"
 
 
-def render(results: Table, registered: Registered, findings: Sequence[Finding], gate: str, title: str) -> str:
+def render(
+    results: Table, registered: Registered, findings: Sequence[Finding], gate: str, title: str, unjudged: str = ""
+) -> str:
     """The page.
 
     Args:
@@ -34,12 +45,13 @@ def render(results: Table, registered: Registered, findings: Sequence[Finding], 
         findings: from `claims.verify`.
         gate: from `claims.missed_gate`.
         title: what the page is called.
+        unjudged: why there are no findings.
     """
     withheld = why_withheld(findings, registered, gate)
     parts = [
         f"<h1>{escaped(title)}</h1>",
         _facts(registered, findings),
-        section("Verdicts", "verdicts", _verdicts(findings, registered, withheld)),
+        section("Verdicts", "verdicts", _verdicts(findings, registered, withheld, unjudged)),
         section("Arms", "arms", _arms(results, registered)),
     ]
     if curves := curves_of(results, registered.protocol.metric):
@@ -58,7 +70,9 @@ interval lies below the margin. <b>inconclusive</b>: neither; the seeds that wou
 label.</li>
 <li>Planted controls say whether the instrument can find an effect, and finds none where there is none. If one comes
 out wrong, no verdict is given.</li>
-<li>Every run that was started counts with the value it got. An arm of which more than a fifth collapsed has that in
+<li>Seeds of a group are trained in one step and share their order of samples, and all runs start from one encoder:
+intervals are those of the initialisation, given both.</li>
+<li>Every run that was finished counts with the value it got. An arm of which more than a fifth collapsed has that in
 place of a verdict.</li>
 <li>A study of rendered scenes with a small model concerns the mechanism. It neither confirms nor refutes what was
 reported of 200 million samples.</li>
@@ -81,27 +95,34 @@ def _facts(registered: Registered, findings: Sequence[Finding]) -> str:
 # ---------------------------------------------------------------- verdicts
 
 
-def _verdicts(findings: Sequence[Finding], registered: Registered, withheld: Sequence[str]) -> str:
+def _verdicts(findings: Sequence[Finding], registered: Registered, withheld: Sequence[str], unjudged: str) -> str:
+    if not findings:
+        return f"<p><b>None:</b> {escaped(unjudged or 'the protocol has no contrasts')}.</p>"
     warnings = "".join(f"<p><b>Withheld:</b> {escaped(reason)}.</p>" for reason in withheld)
     rows = []
     for one in findings:
         own = one.contrast
         rows.append((
             own.name, one.role, one.arm, one.baseline, f"{own.estimate:.4f}", f"{own.low:.4f} to {own.high:.4f}",
-            str(own.num_seeds), f"{one.collapsed[0]} of {one.collapsed[1]}",
+            str(own.num_seeds), _of(one.collapsed), _of(one.collapsed_baseline),
             shown_verdict(one, registered.protocol, bool(withheld)),
         ))  # fmt: skip
-    header = ("contrast", "role", "arm", "baseline", "estimate", "interval", "seeds", "collapsed", "verdict")
-    drawing = _forest(findings, registered.protocol.margin)
+    header = ("contrast", "role", "arm", "baseline", "estimate", "interval", "seeds", "collapsed",
+              "baseline collapsed", "verdict")  # fmt: skip
+    drawing = _forest(findings, registered.protocol.margin, bool(withheld))
     return warnings + drawing + table("Contrasts", header, rows)
 
 
-def _forest(findings: Sequence[Finding], margin: float) -> str:
+def _of(found: tuple[int, int] | None) -> str:
+    return f"{found[0]} of {found[1]}" if found else "not measured"
+
+
+def _forest(findings: Sequence[Finding], margin: float, is_withheld: bool) -> str:
     """Estimates with their intervals, a line at no effect and one at the margin."""
     figure, axes = _figure(7.6, 0.9 + 0.42 * len(findings))
     for place, one in enumerate(reversed(findings)):
         own = one.contrast
-        color = _COLORS.get(one.verdict, _OTHER_COLOR)
+        color = _WITHHELD if is_withheld and one.role in CLAIMS else _COLORS.get(one.verdict, _OTHER_COLOR)
         axes.plot([own.low, own.high], [place, place], color=color, linewidth=2)
         axes.plot([own.estimate], [place], "o" if one.role in CLAIMS else "s", color=color)
     axes.axvline(0, color="#59616f", linewidth=0.8)
@@ -120,10 +141,10 @@ def _arms(results: Table, registered: Registered) -> str:
     arms = list(dict.fromkeys(arm for name in metrics for arm in results[name]))
     rows = []
     for arm in arms:
-        flags = list(results.get(COLLAPSED, {}).get(arm, {}).values())
         cost = list(results.get("pflop", {}).get(arm, {}).values())
         cells = [_mean_and_spread(results[name].get(arm, {})) for name in metrics]
-        rows.append((arm, str(len(flags)), *cells, str(sum(value > 0 for value in flags)),
+        num_seeds = max(len(results[name].get(arm, {})) for name in metrics)
+        rows.append((arm, str(num_seeds), *cells, _of(collapsed_runs(results, arm)),
                      f"{np.mean(cost):.4g}" if cost else "–"))  # fmt: skip
     header = ("arm", "seeds", *metrics, "collapsed", "PFLOP a run")
     return _strips(results, registered.protocol.metric) + table("Means over seeds ± standard deviation", header, rows)
@@ -176,7 +197,7 @@ def describe_curves(curves: Mapping[str, scaling.Curve]) -> Iterator[tuple[str, 
     fitted = {}
     for name, curve in curves.items():
         try:
-            scaling.require_points(curve, float(curve.losses.mean(axis=1).max()) * (1 + 1e-9))
+            scaling.require_points(curve)
         except ValueError as error:
             yield name, "law", str(error)
         else:
@@ -187,20 +208,19 @@ def describe_curves(curves: Mapping[str, scaling.Curve]) -> Iterator[tuple[str, 
 
     def statistics(laws: Mapping[str, scaling.Law]) -> dict[str, float]:
         values = {f"{name}|{key}": value for name, law in laws.items() for key, value in law.coefficients.items()}
-        for name in names[1:]:
-            values[f"{name}|exponent less that of {names[0]}"] = (
-                laws[name].coefficients["alpha"] - laws[names[0]].coefficients["alpha"]
+        for first, name in itertools.combinations(names, 2):
+            values[f"{name}|exponent less that of {first}"] = (
+                laws[name].coefficients["alpha"] - laws[first].coefficients["alpha"]
             )
-            middle = float(np.median(fitted[names[0]].losses.mean(axis=1)))
-            values[f"{name}|data multiplier against {names[0]} at {middle:.3f}"] = float(
-                scaling.data_multiplier(laws[names[0]], laws[name], middle)
+            middle = float(np.median(fitted[first].losses.mean(axis=1)))
+            values[f"{name}|data multiplier against {first} at {middle:.3f}"] = float(
+                scaling.data_multiplier(laws[first], laws[name], middle)
             )
         return values
 
     for key, (value, low, high) in scaling.bootstrap(fitted, statistics).items():
         name, _, quantity = key.partition("|")
-        shown = f"{value:.4g}" + (f" ({low:.4g} to {high:.4g})" if math.isfinite(low) and math.isfinite(high) else "")
-        yield name, quantity, shown
+        yield name, quantity, f"{value:.4g} ({low:.4g} to {high:.4g})"
 
 
 def _curves(curves: Mapping[str, scaling.Curve], metric: str) -> str:

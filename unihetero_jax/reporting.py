@@ -80,6 +80,17 @@ class _Files:
 
 
 _WATCHED = ("within_spread", "copy_previous_cosine", "across_spread")
+WARNING = "within_spread_warn"
+
+
+def has_collapsed(thresholds: DiagnosticsConfig, terms: Mapping[str, Any], replicate: int | None) -> bool:
+    """Whether a model was collapsed at the end of its run, however short: by what a metrics line holds of it.
+
+    Unlike the alarms it has no grace: that is for the first steps of a run that goes on.
+    """
+    measured = {name: _worst(terms.get(name), replicate) for name in _WATCHED}
+    at_the_end = thresholds.across_spread_grace_steps + 1
+    return bool(collapse_alarms(thresholds, at_the_end, measured).keys() - {WARNING})
 
 
 def collapse_alarms(thresholds: DiagnosticsConfig, done: int, measured: Mapping[str, float]) -> dict[str, str]:
@@ -89,7 +100,7 @@ def collapse_alarms(thresholds: DiagnosticsConfig, done: int, measured: Mapping[
     if spread < thresholds.within_spread_alarm:
         alarms["within_spread"] = f"ALARM: within-image spread {spread:.4f}: the tokens of an image become one vector"
     elif spread < thresholds.within_spread_warn:
-        alarms["within_spread_warn"] = f"warning: within-image spread {spread:.4f} is low"
+        alarms[WARNING] = f"warning: within-image spread {spread:.4f} is low"
     if done > thresholds.across_spread_grace_steps and across < thresholds.across_spread_alarm:
         alarms["across_spread"] = (
             f"ALARM: across-image spread {across:.4f}: a token tells its place, and not what the image shows"
@@ -355,6 +366,6 @@ def _worst(term: Mapping[str, Any] | None, replicate: int | None = None) -> floa
     """A term's mean, of several replicates the smallest or one's own; infinity where it had nothing to measure."""
     if term is None:
         return np.inf
-    mean = np.asarray(term["mean"], np.float64)
+    mean = np.asarray(np.nan if term["mean"] is None else term["mean"], np.float64)
     mean = mean if replicate is None else mean[replicate]
     return float(np.min(np.where(np.isnan(mean), np.inf, mean)))

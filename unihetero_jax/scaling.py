@@ -188,20 +188,22 @@ class Curve:
         assert self.losses.shape[0] == len(self.sizes) and (np.diff(self.sizes) > 0).all()
 
 
-def usable_points(curve: Curve, ceiling: float, floor: float | None = None) -> np.ndarray:
-    """Which points lie between ceiling (what a model without data has) and floor: only they show a slope.
+def usable_points(curve: Curve, ceiling: float | None = None, floor: float | None = None) -> np.ndarray:
+    """Which points lie between ceiling (what a model without data has) and floor, as far as they are known: only they
+    show a slope.
 
     A point counts whose mean is at least 2% of the way below the ceiling, and 2% above the floor, if one is known.
     """
     mean = curve.losses.mean(axis=1)
     bottom = mean.min() if floor is None else floor
-    span = ceiling - bottom
-    below = mean < ceiling - _NEAR_CEILING * span
+    top = mean.max() if ceiling is None else ceiling
+    span = top - bottom
+    below = np.ones(len(mean), bool) if ceiling is None else mean < ceiling - _NEAR_CEILING * span
     above = np.ones_like(below) if floor is None else mean > floor + _NEAR_FLOOR * span
     return below & above
 
 
-def require_points(curve: Curve, ceiling: float, floor: float | None = None) -> None:
+def require_points(curve: Curve, ceiling: float | None = None, floor: float | None = None) -> None:
     """Raises ValueError, saying how many points are missing, where too few lie between floor and ceiling."""
     usable = int(usable_points(curve, ceiling, floor).sum())
     if usable < MIN_POINTS:

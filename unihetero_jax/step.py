@@ -73,7 +73,7 @@ def make_train_step(config: Config) -> Callable[[TrainState, Batch], tuple[Train
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         weight = visual_weight(config.loss, state.step)
         gradients, losses = _accumulated_gradients(config, state, batch, weight)
-        groups = gradient_groups(config.model, config.objective)
+        groups = gradient_groups(config)
         gradients, norms, finite = optim.clip_by_group(gradients, groups, config.optimizer.clip_norm)
         kept = {name: state.params[name] for name in gradients}
         updates, opt_state = optimizer.update(gradients, state.opt_state, kept)

@@ -37,6 +37,7 @@ from unihetero_jax.config import config_hash, to_dict
 from unihetero_jax.evaluate_run import draws_images
 from unihetero_jax.evaluation.runner import stem_of
 from unihetero_jax.metrics import announce, read_metrics
+from unihetero_jax.reporting import has_collapsed
 from unihetero_jax.sweep_plan import Planned, flat_fields, run_flops, text_of
 from unihetero_jax.train_run import run_training
 from unihetero_jax.workdir import RunLock, WorkdirError
@@ -120,7 +121,7 @@ def measured(one: Planned, folder: Path) -> Iterator[dict[str, Any]]:
 
     Of the last step, by benchmark: `accuracy`, `answer_nll` (nats per token of the right answers) and, with
     `eval.without_image`, `answer_nll_gain`: the same less what it is without the picture. `held_out/SOURCE/TERM`: means
-    on validation rows. `rollout_retrieval`; `collapsed`: whether an alarm was on at the end; `pflop`: of the whole run.
+    on validation rows. `rollout_retrieval`; `collapsed`: whether it was by the alarms' thresholds; `pflop`: of the run.
     """
     if not is_finished(one, folder):
         return
@@ -144,13 +145,13 @@ def _values_of(one: Planned, folder: Path, line: Mapping[str, Any], replicate: i
     for source, terms in (line.get("eval_loss") or {}).items():
         own = {term: value[replicate] if several else value for term, value in terms.items()}
         values |= {f"held_out/{source}/{term}": value for term, value in own.items()}
-    alarms = list(line["alarms_by_replicate"][replicate] if several else line["alarms"])
+    collapsed = has_collapsed(one.config.diagnostics, line["terms"], replicate if several else None)
     rollout = folder / "eval" / f"rollout-{one.config.train.num_steps}.json"
     if rollout.exists():
         found = json.loads(rollout.read_text())
         values["rollout_retrieval"] = found["retrieval"]
-        alarms += found["alarms"]
-    values["collapsed"] = float(bool(alarms))
+        collapsed = collapsed or bool(found["alarms"])
+    values["collapsed"] = float(collapsed)
     values["pflop"] = run_flops(one.config) / 1e15 / len(one.seeds)
     return values
 

@@ -50,14 +50,16 @@ def base_of(flag: str) -> str:
     return _read_file(flag)[0]
 
 
-def protocol_of(flag: str) -> Protocol | None:
-    """The protocol of a sweep file, if it has one.
+def protocol_of(flag: str, planned: Sequence[Planned]) -> Protocol | None:
+    """The protocol of a sweep file, if it has one, with as many seeds as are planned.
 
     Raises:
         ValueError: there is no such file, or a field of the protocol is wrong.
     """
-    values = _module_of(flag).PROTOCOL if hasattr(_module_of(flag), "PROTOCOL") else None
-    return parse_protocol(values, flag) if values is not None else None
+    values = getattr(_module_of(flag), "PROTOCOL", None)
+    if values is None:
+        return None
+    return parse_protocol({**values, "num_seeds": len({seed for one in planned for seed in one.seeds})}, flag)
 
 
 def _module_of(flag: str) -> Any:
@@ -126,6 +128,9 @@ def _checked(planned: list[Planned], flag: str) -> list[Planned]:
     twice = [name for name, number in Counter(one.name for one in planned).items() if number > 1]
     if twice:
         raise ValueError(f"{flag}: plans {', '.join(twice)} twice; give them different names, seeds or fields")
+    of_seed = Counter((one.arm, seed) for one in planned for seed in one.seeds)
+    if clash := [f"{arm}, seed {seed}" for (arm, seed), number in of_seed.items() if number > 1]:
+        raise ValueError(f"{flag}: plans {clash[0]} twice; a table has one value for an arm and a seed")
     several = [one.name for one in planned if one.config.train.num_replicates > 1 and draws_images(one.config)]
     if several:
         raise ValueError(

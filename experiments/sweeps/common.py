@@ -33,3 +33,13 @@ def schedule(steps: int) -> dict[str, Any]:
         "train.num_steps": steps, "train.eval_every_steps": steps, "checkpoint.every_steps": steps,
         "optimizer.warmup_steps": max(min(200, steps // 5), 1),
     }  # fmt: skip
+
+
+def large_world() -> dict[str, Any]:
+    """Overrides of a world of 131,072 scenes, where the usual one of 20,000 has too few."""
+    path = "data/claims-easy-large"
+    paths = {f"data.sources.{name}.path": f"{path}/{name}" for name in ("qa", "generation", "objects")}
+    return paths | {
+        "scene_world.path": path, "scene_world.num_scenes": 131_072, "data.tokenizer": f"{path}/tokenizer",
+        "eval.benchmarks.scenes": f"{path}/questions.tsv",
+    }  # fmt: skip

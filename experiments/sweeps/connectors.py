@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.sweeps.common import BASE, METRIC, SEEDS, STEPS, check_scale, groups, schedule
+from experiments.sweeps.common import BASE, BASELINES, METRIC, SEEDS, STEPS, check_scale, groups, schedule
 from unihetero_jax.config import ConnectorKind
 
 __all__ = ["BASE", "PROTOCOL", "sweep"]
@@ -23,16 +23,17 @@ PROTOCOL = {
     "num_seeds": 8,
     "matching": "data",
     "contrasts": {
-        f"generation helps with {kind}": [f"semantic_input-{kind}", f"understanding-{kind}"] for kind in KINDS
+        f"generation helps with {kind}": [f"semantic_input-{kind}", [f"{name}-{kind}" for name in BASELINES]]
+        for kind in KINDS
     },
 }
 
 
 def sweep(scale: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Both objectives with every connector, for each group of seeds in turn."""
+    """Baselines and generation with every connector, for each group of seeds in turn."""
     check_scale("connectors", scale, SEEDS)
     for seeds in groups(SEEDS[scale]):
         for kind in KINDS:
-            for objective in ("understanding", "semantic_input"):
+            for objective in (*BASELINES, "semantic_input"):
                 own = {"objective": objective, "model.projector.kind": kind}
                 yield f"{objective}-{kind}", schedule(STEPS[scale]) | seeds | own
