@@ -10,7 +10,7 @@ import pytest
 import small
 from conftest import make_tiny_config
 
-from unihetero_jax import cli, flops
+from unihetero_jax import cli, flops, step
 from unihetero_jax.checkpoint import restore_subtree
 from unihetero_jax.config import num_branch_layers
 from unihetero_jax.inference.generate import decode, draw_and_tell
@@ -83,6 +83,29 @@ def test_each_loss_trains_its_own_upper_layers_alone(cut, objective):
     assert moves(visual["visual_branch"]["blocks"]) and moves(visual["visual_branch"]["norm"])
     assert not moves(upper(visual)) and not moves(visual["decoder"]["norm"])
     assert moves(lower(visual)) == moves(visual["encoder"]) == (not cut)
+
+
+@pytest.mark.parametrize("objective", ["semantic_input", "pixel_through"])
+def test_a_branch_that_is_cut_off_does_not_change_the_size_of_the_others_update(objective):
+    """Clipping is by what shares a loss graph: 1,000 times the visual loss leaves the rest as it is, to the bit."""
+    moved, batch = [], small.mixed_batch(num_rows=2)
+    for weight in (1.0, 1000.0):
+        config = branched(
+            objective=objective, loss__cut_branch_gradient=True, loss__visual_weight=weight, loss__visual_ramp_steps=0,
+            loss__visual_weight_start=weight, loss__pixel_weight=weight, optimizer__clip_norm=0.01,
+            optimizer__warmup_steps=1,
+        )  # fmt: skip
+        state = step.init_state(config, make_mesh(config.mesh))
+        train_step = jax.jit(step.make_train_step(config))
+        for _ in range(2):
+            state, metrics = train_step(state, batch)
+        assert bool(metrics.finite)
+        moved.append(jax.device_get(state.params))
+    for name in ("encoder", "projector", "decoder"):
+        jax.tree.map(np.testing.assert_array_equal, moved[0][name], moved[1][name])
+    assert any(
+        not np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(p["visual_branch"]) for p in moved), strict=True)
+    )
 
 
 def test_text_is_that_of_the_model_without_it_and_a_rollout_is_the_branchs():
