@@ -1,7 +1,7 @@
 """The run that the arms of the claim sweeps vary: small, many at a time, from one encoder.
 
 Command: `python -m experiments.scene_encoder`, then `python -m unihetero_jax sweep --sweep=experiments/sweeps/...`.
-Expected: see docs/claims.md.
+Expected: docs/claims.md has what was found of claim 1.
 
 The argument says what becomes of the encoder: `frozen` (the primary mode: all arms see the same features to the end),
 `trainable` (it goes on from there, targets are averages) or `scratch` (random, with the input cut). Of the

@@ -129,7 +129,7 @@ def _forest(findings: Sequence[Finding], margin: float, is_withheld: bool) -> st
     axes.axvline(margin, color="#59616f", linewidth=0.8, linestyle="--")
     labels = [one.contrast.name + ("" if one.role == "primary" else f" [{one.role}]") for one in reversed(findings)]
     axes.set_yticks(range(len(findings)), labels)
-    axes.set_xlabel("effect: baseline less arm (dashed: the margin; squares: planted controls)")
+    axes.set_xlabel("effect (dashed: margin; squares: controls)")
     return _image(figure, "Estimates and intervals of all contrasts; the table below has the figures")
 
 
