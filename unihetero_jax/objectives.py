@@ -73,15 +73,16 @@ def gradient_groups(config: Config) -> tuple[tuple[Component, ...], ...]:
     """Components that share a loss graph. Clipping acts within a group, so that an isolated part cannot change the size
     of the others' update: a pixel decoder whose gradient ends in it, and a visual branch that is cut off.
     """
-    role, apart = pixel_role(config.objective), []
+    role, apart = pixel_role(config.objective), list[tuple[Component, ...]]()
     if role not in (None, "through"):
         apart.append(("pixel_decoder",))
     components = components_of(config.model, config.objective)
     if config.loss.cut_branch_gradient and "visual_branch" in components:
-        drawn = ("pixel_decoder",) if role == "through" else ()
-        apart.append(tuple(name for name in components if name in ("visual_branch", "semantic_head", *drawn)))
-    shared = tuple(name for name in components if not any(name in group for group in apart))
-    return shared, *apart
+        above: set[Component] = {"visual_branch", "semantic_head"}
+        above |= {"pixel_decoder"} if role == "through" else set()
+        apart.append(tuple(name for name in components if name in above))
+    taken = {name for group in apart for name in group}
+    return (tuple(name for name in components if name not in taken), *apart)
 
 
 def reached(config: Config, loss: LossName) -> set[Component]:

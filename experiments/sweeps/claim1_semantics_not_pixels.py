@@ -17,7 +17,7 @@ mode of the encoder (`experiments/scene_claims.py`).
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.sweeps.common import BASE, BASELINES, GATE, METRIC, SEEDS, STEPS, check_scale, groups, schedule
+from experiments.sweeps.scales import BASE, BASELINES, GATE, METRIC, SEEDS, STEPS, check_scale, groups, schedule
 
 __all__ = ["BASE", "PROTOCOL", "sweep"]
 PROTOCOL = {

@@ -14,7 +14,7 @@ Scales: `smoke`, `scenes`, `accelerator`.
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.sweeps.common import BASE, BASELINES, METRIC, SEEDS, check_scale, groups, large_world, schedule
+from experiments.sweeps.scales import BASE, BASELINES, METRIC, SEEDS, check_scale, groups, large_world, schedule
 
 __all__ = ["BASE", "PROTOCOL", "sweep"]
 STEPS = {"smoke": (10, 20, 30, 40), "scenes": (125, 250, 500, 1000, 1500),

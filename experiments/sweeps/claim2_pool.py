@@ -13,7 +13,7 @@ there are. The page fits laws over them. All seeds have the same pools. Scales: 
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.sweeps.common import BASE, BASELINES, METRIC, SEEDS, check_scale, groups, large_world, schedule
+from experiments.sweeps.scales import BASE, BASELINES, METRIC, SEEDS, check_scale, groups, large_world, schedule
 
 __all__ = ["BASE", "PROTOCOL", "sweep"]
 JUDGED = (256, 1024, 4096)

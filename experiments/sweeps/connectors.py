@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.sweeps.common import BASE, BASELINES, METRIC, SEEDS, STEPS, check_scale, groups, schedule
+from experiments.sweeps.scales import BASE, BASELINES, METRIC, SEEDS, STEPS, check_scale, groups, schedule
 from unihetero_jax.config import ConnectorKind
 
 __all__ = ["BASE", "PROTOCOL", "sweep"]

@@ -12,7 +12,7 @@ gradient ends where the branch begins, so it trains nothing that answers questio
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.sweeps.common import BASE, BASELINES, METRIC, SEEDS, STEPS, check_scale, groups, schedule
+from experiments.sweeps.scales import BASE, BASELINES, METRIC, SEEDS, STEPS, check_scale, groups, schedule
 
 __all__ = ["BASE", "PROTOCOL", "sweep"]
 SPLIT_LAYER = 1
