@@ -12,7 +12,6 @@ text's side is thrown away. Expected: of 64 unseen scenes it finds that of a cap
 import argparse
 import dataclasses
 import functools
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,9 +30,10 @@ from unihetero_jax.config import MERGED_PATCHES, Config, to_dict
 from unihetero_jax.config_reading import differences, from_config_dict
 from unihetero_jax.data.mixture import make_train_iterator, validation_batches
 from unihetero_jax.data.tokenizer import load_tokenizer
+from unihetero_jax.evaluation.rollout_error import digest_of
 from unihetero_jax.loaded_run import load_run
 from unihetero_jax.metrics import announce
-from unihetero_jax.model.unihetero import Params, build, init_params
+from unihetero_jax.model.unihetero import build, init_params
 from unihetero_jax.optim import is_decayed, learning_rate_schedule
 from unihetero_jax.train_run import exit_code, make_scene_world
 from unihetero_jax.workdir import RunLock, prepare_workdir, write_config
@@ -199,14 +199,6 @@ def _unseen(config: Config, towers: dict[str, Any], tokenizer: Any) -> Iterator[
     for arrays in validation_batches(everything, tokenizer, "captions"):
         images, texts, is_pair = map(np.asarray, embed(towers, batch=Batch(**jax.tree.map(jnp.asarray, arrays))))
         yield images[is_pair], texts[is_pair]
-
-
-def digest_of(encoder: Params) -> str:
-    """Twelve hexadecimal digits over the encoder's parameters, in the order of their names."""
-    digest = hashlib.blake2b(digest_size=6)
-    for leaf in jax.tree.leaves(encoder):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from conftest import make_tiny_config
 
 from experiments import scene_encoder
 from unihetero_jax.checkpoint import list_steps
+from unihetero_jax.evaluation.rollout_error import digest_of
 from unihetero_jax.loaded_run import load_run
 
 
@@ -71,9 +72,9 @@ def test_an_image_moves_its_own_vector_and_no_caption_and_a_caption_no_image(pai
 def test_the_digest_names_the_parameters(pairs):
     _, towers, _, _ = pairs
     encoder = towers["model"]["encoder"]
-    digest = scene_encoder.digest_of(encoder)
-    assert digest == scene_encoder.digest_of(jax.tree.map(jnp.copy, encoder)) and len(digest) == 12
-    assert digest != scene_encoder.digest_of(jax.tree.map(lambda x: x + 1e-6, encoder))
+    digest = digest_of(encoder)
+    assert digest == digest_of(jax.tree.map(jnp.copy, encoder)) and len(digest) == 12
+    assert digest != digest_of(jax.tree.map(lambda x: x + 1e-6, encoder))
 
 
 def test_it_is_trained_once_stored_and_can_be_started_from(tiny_experiment, tiny_world, tmp_path, capsys):
@@ -86,11 +87,11 @@ def test_it_is_trained_once_stored_and_can_be_started_from(tiny_experiment, tiny
     assert "finds the scene of an unseen caption among 64" in printed
     assert list_steps(tmp_path / "encoder") == [3]
     stored = load_run(str(tmp_path / "encoder"), -1, 0).params["encoder"]
-    assert f"encoder {scene_encoder.digest_of(stored)}" in printed, "what is stored is what was named"
+    assert f"encoder {digest_of(stored)}" in printed, "what is stored is what was named"
     fresh = scene_encoder.init_towers(config)["model"]["encoder"]
-    assert scene_encoder.digest_of(fresh) != scene_encoder.digest_of(stored), "and it has learned"
+    assert digest_of(fresh) != digest_of(stored), "and it has learned"
     scene_encoder.train_encoder(config, str(tmp_path / "encoder"))
-    assert f"encoder {scene_encoder.digest_of(stored)} is there" in capsys.readouterr().out
+    assert f"encoder {digest_of(stored)} is there" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds another encoder \(seed: "):
         scene_encoder.train_encoder(dataclasses.replace(config, seed=5), str(tmp_path / "encoder"))
     assert scene_encoder.main(["--level=hard", "--workdir=/dev/null/x"]) == 2

@@ -49,6 +49,14 @@ NUM_DRAWS = 1000
 _BATCH_IMAGES = 64
 
 
+def digest_of(params: Params) -> str:
+    """12 hex digits of parameters, in the order of their names."""
+    digest = hashlib.blake2b(digest_size=6)
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(fetch(leaf)).tobytes())
+    return digest.hexdigest()
+
+
 @dataclasses.dataclass(frozen=True)
 class Judge:
     """A frozen encoder in whose space runs are compared; of another run, or of none of those compared."""
@@ -60,10 +68,7 @@ class Judge:
     @property
     def digest(self) -> str:
         """12 hex digits of its encoder's parameters, by which results name it."""
-        digest = hashlib.blake2b(digest_size=6)
-        for leaf in jax.tree.leaves(self.params["encoder"]):
-            digest.update(np.ascontiguousarray(fetch(leaf)).tobytes())
-        return digest.hexdigest()
+        return digest_of(self.params["encoder"])
 
     def check_patches(self, config: Config) -> None:
         """Raises ValueError unless it reads patches of the run's size."""
