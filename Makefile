@@ -46,7 +46,7 @@ real: $(STAMP) ## real data from DATA=folder (default ../shared/data): convert, 
 test: $(STAMP) ## the default test suite
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal
 
-test-all: $(STAMP) ## with the slow tests: random kills, collapse training
+test-all: $(STAMP) ## with the slow tests: random kills, several processes, collapse training, further variants
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m ''
 
 test-beam: ## preparations on Apache Beam against local ones, in an environment of their own: .venv-beam

@@ -181,6 +181,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "caption_prompt": "Describe the image.",
                 "chat_template": False,
                 "without_image": False,
+                "rollout_judge": "",
             },
             "drawing": {"sampler": "heun", "steps": 20, "guidance": 1.0},
             "diagnostics": {

@@ -1,12 +1,14 @@
 """The encoder that every arm of a claim starts from: it learns which caption belongs to which scene.
 
     python -m experiments.scene_encoder --workdir=runs/scene_encoder
+    python -m experiments.scene_encoder --variant=easy-fine --workdir=runs/scene_encoder-fine
 
 Contrastive, by the pairwise sigmoid loss of SigLIP (arXiv 2303.15343): an image is the mean of its merged features, a
 caption the hidden state at `<boi>`, which has read the caption and nothing of the image. Scenes of a seed that no other
 experiment uses, no questions. The encoder is kept, as a run that `init_from.workdir` takes, named by a digest; the
 text's side is thrown away. Expected: of 64 unseen scenes it finds that of a caption in more than half of the cases
-(chance .016); the command prints the share and the digest.
+(chance .016); the command prints the share and the digest. `-fine` has smaller patches, so that an image has 64 visual
+tokens, and `-causal` an encoder whose blocks see no later ones.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
+from data_pipelines.scenes import IMAGE_SIZE
 from experiments import quickstart
 from unihetero_jax.arrays import Batch, ModelOutput
 from unihetero_jax.checkpoint import Checkpointer, list_steps
@@ -40,6 +43,7 @@ from unihetero_jax.workdir import RunLock, prepare_workdir, write_config
 
 SEED = 6_151
 """Of its scenes and of its parameters."""
+VARIANTS = ("easy", "hard", "easy-fine", "easy-fine-causal", "hard-fine", "hard-fine-causal")
 IMAGES_PER_ROW = 4
 NUM_CANDIDATES = 64
 _WIDTH = 128
@@ -55,12 +59,21 @@ def small_model(config: ConfigDict) -> None:
     config.model.pixel_decoder.update(num_layers=2, dim=64, num_heads=2, mlp_dim=256)
 
 
+def fine_images(config: ConfigDict, images_per_row: int) -> None:
+    """Scenes in 16 x 16 patches, 8 x 8 visual tokens: rollouts long enough for errors to add up."""
+    config.model.encoder.update(patch_size=IMAGE_SIZE[config.scene_world.level] // 16, position_grid=16)
+    config.data.image_min_patches = config.data.image_max_patches = 256
+    config.data.row_tokens, config.data.row_patches = 112 * images_per_row, 256 * images_per_row
+
+
 def get_config(arg: str = "") -> ConfigDict:
-    """The encoder of the easy world, or of the hard one by `:hard`, with the small model of the sweeps."""
-    if arg not in ("", "easy", "hard"):
-        raise ValueError(f"experiments/scene_encoder.py: easy or hard, not {arg!r}")
-    level = arg or "easy"
-    path = f"data/encoder-{level}"
+    """The encoder of a variant, `easy` if empty, with the small model of the sweeps."""
+    variant = arg or "easy"
+    if variant not in VARIANTS:
+        raise ValueError(f"experiments/scene_encoder.py: {variant!r}; there are {', '.join(VARIANTS)}")
+    level, *others = variant.split("-")
+    world = "-".join([level, *(["fine"] if "fine" in others else [])])
+    path = f"data/encoder-{world}"
     config = quickstart.get_config()
     small_model(config)
     config.objective, config.seed = "understanding", SEED
@@ -68,6 +81,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.tokenizer = f"{path}/tokenizer"
     config.data.sources = ConfigDict({"captions": {"path": f"{path}/generation", "weight": 1.0, "augment": "none"}})
     config.data.row_tokens, config.data.row_patches = 56 * IMAGES_PER_ROW, 36 * IMAGES_PER_ROW
+    if "fine" in others:
+        fine_images(config, IMAGES_PER_ROW)
+    if "causal" in others:
+        config.model.encoder.attention = "causal"
     config.eval.benchmarks, config.eval.rollout_source = ConfigDict(), ""
     config.train.num_steps = 2000
     return config
@@ -79,9 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.scene_encoder", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--workdir", default="runs/scene_encoder")
-    parser.add_argument("--level", default="easy", choices=("easy", "hard"))
+    parser.add_argument("--variant", default="easy", choices=VARIANTS)
     flags = parser.parse_args(arguments)
-    return exit_code(lambda: train_encoder(from_config_dict(get_config(flags.level)), flags.workdir))
+    return exit_code(lambda: train_encoder(from_config_dict(get_config(flags.variant)), flags.workdir))
 
 
 def train_encoder(config: Config, workdir: str) -> None:

@@ -34,14 +34,14 @@ LAYERS: list[set[str]] = [
     {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline", "hf_weights"},
     {
         "verdicts", "inference", "pretrained", "step", "gradient_table",
-        "reporting", "data_stats", "stored_steps", "export",
+        "reporting", "data_stats", "stored_steps", "export", "figures",
     },
     {"train", "evaluation", "scaling", "claims", "compile_ahead", "explain", "hf_import", "hf_export"},
     {"loaded_run"},
     {"evaluate_run"},
     {"train_run"},
-    {"sweep_plan"},
-    {"preregistration", "sweep", "report"},
+    {"sweep_plan", "failure_signatures"},
+    {"preregistration", "sweep", "report", "run_report"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip

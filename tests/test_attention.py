@@ -250,6 +250,7 @@ def test_branches_and_repeated_prefixes_have_equal_losses_and_gradients(cut):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_model_with_splash_has_the_losses_and_gradients_of_dense():
     batch = small.many_turns("repeated_prefix")
     found = [

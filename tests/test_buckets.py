@@ -97,6 +97,7 @@ def local_stream(local_sources):
     return stream_of(make_config(local_sources))
 
 
+@pytest.mark.slow
 def test_a_failing_store_gives_the_local_stream(bucket, local_sources, local_stream):
     """Five times the failures that are asked for; those that gcsfs cannot repeat by itself are counted."""
     root = bucket.copy_folder(local_sources, "failing")

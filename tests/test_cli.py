@@ -131,6 +131,7 @@ def test_eight_devices_answer_as_one(trained, tiny_world):
     assert found[0][0] == found[1][0] and found[0][1] == pytest.approx(found[1][1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_say_what_one_says(trained, tiny_world, monkeypatch):
     """Each holds its rows of a batch; the last batch has fewer prompts than rows."""
     workdir, _ = trained

@@ -27,8 +27,11 @@ DEEP = {
 
 @pytest.mark.parametrize(
     "mesh",
-    [{"mesh__fsdp": 8}, {"mesh__data": 2, "mesh__fsdp": 4}, {"mesh__fsdp": 4, "mesh__tensor": 2}],
-    ids=["fsdp", "data x fsdp", "fsdp x tensor"],
+    [
+        pytest.param({"mesh__fsdp": 8}, id="fsdp"),
+        pytest.param({"mesh__data": 2, "mesh__fsdp": 4}, id="data x fsdp", marks=pytest.mark.slow),
+        pytest.param({"mesh__fsdp": 4, "mesh__tensor": 2}, id="fsdp x tensor", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_sends_what_theory_says(tiny_config, mesh):
     """Within 10%, no all-to-all, no gather of anything but parameters, over fsdp.

@@ -258,8 +258,10 @@ def test_both_layouts_of_turns_give_the_same_answers_through_gates():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "objective", ["understanding", "semantic_input", "pixel_through", "pixel_detached", "unihetero"]
-)
+    "objective",
+    [*(pytest.param(name, marks=pytest.mark.slow)
+       for name in ("understanding", "semantic_input", "pixel_through", "pixel_detached")), "unihetero"],
+)  # fmt: skip
 def test_the_gradient_table_holds(tmp_path, kind, objective):
     config = connected(kind, objective=objective)
     norms = gradient_table.prove(config, step.loss_terms, tmp_path, report=lambda _: None)
@@ -321,7 +323,10 @@ def asked_then_drawn(rng):
     return PackedSample(prompt), PackedSample([*prompt, drawn, TokenPiece([small.EOI]), told]), told.ids
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "cross_attention")) for kind in KINDS],
+)
 def test_text_after_a_drawn_image_reads_it_and_the_one_before(kind):
     """Interleaved, cached: position by position against the whole row."""
     config, params = connected(kind), params_of(kind)

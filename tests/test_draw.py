@@ -85,6 +85,7 @@ def test_guidance_goes_beyond_the_condition(monkeypatch):
         np.testing.assert_allclose(np.asarray(found, float), (expected + 1) * 127.5, atol=1)
 
 
+@pytest.mark.slow
 def test_the_renderer_meets_true_noised_and_predicted_embeddings():
     rng = np.random.default_rng(1)
     batch = small.batch_of([[small.drawing(rng, (1, 2)), small.reading(rng)] for _ in range(6)], 64, 64)

@@ -38,6 +38,7 @@ def measured(renderer):
     return run, *instrument.drawing_quality(run.config, run.params, run.tokenizer, NUMBER)
 
 
+@pytest.mark.slow
 def test_a_perfect_generator_has_the_floors_figures_and_a_poor_one_is_far_off(measured):
     run, result, pictures = measured
     judge = Judge(run.config, run.params, run.tokenizer)
@@ -52,6 +53,7 @@ def test_a_perfect_generator_has_the_floors_figures_and_a_poor_one_is_far_off(me
     assert result["num_features"] == true.shape[1] and result["encoder_digest"] == judge.digest
 
 
+@pytest.mark.slow
 def test_pictures_belong_to_their_captions(measured, monkeypatch):
     """Drawn in parts, they are those of all at one time, in the captions' order; the true images are all different."""
     run, _, pictures = measured
@@ -61,7 +63,8 @@ def test_pictures_belong_to_their_captions(measured, monkeypatch):
     in_parts = instrument._draw(run.config, run.params, run.tokenizer, samples[:NUMBER], (3, 3))
     prompts = drawing_prompts(run.config, run.tokenizer, samples[:NUMBER])
     whole = rollout(run.config, run.params, prompts, 9, jax.random.key(0)).embeddings
-    np.testing.assert_allclose(np.stack(in_parts), whole, atol=1e-5)
+    # Batches of other sizes are summed in another order, and nine steps carry it on: 2e-5 was seen on one processor.
+    np.testing.assert_allclose(np.stack(in_parts), whole, atol=1e-4)
     assert np.abs(np.diff(whole, axis=0)).max() > 1e-3, "captions say different things"
     for name, part in (("captioned", samples[:NUMBER]), ("true", samples[NUMBER:])):
         for picture, sample in zip(pictures[name], part, strict=True):
@@ -79,6 +82,7 @@ def test_pictures_that_show_nothing():
         assert sorted(map(tuple, image.reshape(-1, 3))) == sorted(map(tuple, shuffled.reshape(-1, 3)))
 
 
+@pytest.mark.slow
 def test_the_command_writes_figures_and_the_folders_for_fid(renderer, capsys):
     """A second call with fewer images leaves none of the first; the judge's encoder is named as such."""
     command = ["evaluate", f"--workdir={renderer}"]

@@ -119,7 +119,10 @@ def test_blocks_are_read_as_images_of_which_only_those_are_there(attention):
     )
 
 
-@pytest.mark.parametrize("objective", ["patch", "pixel_through", "pixel_detached"])
+@pytest.mark.parametrize(
+    "objective",
+    ["patch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pixel_through", "pixel_detached"))],
+)
 def test_a_rollout_that_is_read_again_equals_its_steps_by_hand(objective):
     """Each prediction is put on the canvas, the canvas is read, and what was read is the next input."""
     config, num_tokens = reread_config(objective), 4
@@ -155,7 +158,7 @@ def test_a_rollout_that_is_read_again_equals_its_steps_by_hand(objective):
     assert (rolled.patches is None) == (objective == "patch")
 
 
-@pytest.mark.parametrize("objective", ["patch", "pixel_through"])
+@pytest.mark.parametrize("objective", ["patch", pytest.param("pixel_through", marks=pytest.mark.slow)])
 def test_a_rollout_that_is_read_again_and_given_all_sees_true_blocks_alone(objective):
     """Of a causal encoder, whose embeddings do not change as blocks are added: predictions follow the true hidden
     states, and what was drawn before does not matter.
@@ -250,10 +253,10 @@ def one_device():
 @pytest.mark.parametrize(
     "mesh",
     [
-        {"mesh__data": 8},
-        {"mesh__fsdp": 4, "mesh__tensor": 2},
         {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
-        {"mesh__fsdp": 2, "mesh__tensor": 2, "mesh__context": 2},
+        pytest.param({"mesh__data": 8}, marks=pytest.mark.slow),
+        pytest.param({"mesh__fsdp": 4, "mesh__tensor": 2}, marks=pytest.mark.slow),
+        pytest.param({"mesh__fsdp": 2, "mesh__tensor": 2, "mesh__context": 2}, marks=pytest.mark.slow),
         pytest.param({"mesh__data": 4, "mesh__context": 2, "mesh__num_slices": 2}, marks=pytest.mark.slow),
     ],
 )

@@ -38,7 +38,7 @@ def test_the_table_holds(tmp_path, objective, changes):
 @pytest.mark.parametrize(
     ("objective", "changes"),
     [
-        ("pixel_through", {}), ("pixel_detached", {}), ("unihetero", {}),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ("pixel_through", "pixel_detached", "unihetero")),
         ("unihetero", {"model__pixel_decoder__rollout_passes": 2, "model__visual_branch__split_layer": 1}),
     ],
 )  # fmt: skip

@@ -97,6 +97,7 @@ def test_what_comes_in_goes_out_bit_for_bit(tmp_path, language, vision):
         assert "UniHetero" in (out / name / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_pixel_decoder_goes_out_with_its_sizes(tmp_path):
     workdir, *_ = imported(tmp_path, "qwen2", "siglip2", "--config.objective=unihetero")
     out = tmp_path / "out"
@@ -126,6 +127,7 @@ def test_new_rows_are_the_mean_and_spare_ones_stay(tmp_path):
     np.testing.assert_allclose(run.params["projector"]["norm"]["gain"], rms, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_all_meshes_load_the_same(tmp_path):
     one, *_ = imported(tmp_path / "one")
     eight, *_ = imported(tmp_path / "eight", "qwen2", "siglip2", "--config.mesh.fsdp=4", "--config.mesh.tensor=2",
@@ -155,6 +157,7 @@ def test_layer_by_layer_loads_the_same(tmp_path, monkeypatch):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_training_starts_from_pretrained_models(tmp_path, tiny_experiment):
     """`init_from` inside `train`: refused for another architecture, with what to set."""
     from unihetero_jax import step

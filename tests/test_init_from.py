@@ -92,6 +92,7 @@ def test_every_replicate_starts_from_it(donor, tiny_experiment):
     assert not same(first, second), "what is not loaded has its own seed"
 
 
+@pytest.mark.slow
 def test_a_frozen_component_stays_to_the_bit(donor, tiny_experiment, tmp_path):
     workdir, stored = donor
     config = tiny_experiment(

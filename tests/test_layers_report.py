@@ -188,6 +188,7 @@ def test_effective_rank_counts_equal_directions(rank):
     assert instrument.effective_rank(states) == pytest.approx(rank, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_command_writes_figures_and_a_plot(tiny_experiment, tiny_world, tmp_path, capsys):
     workdir = tmp_path / "run"
     config = tiny_experiment(

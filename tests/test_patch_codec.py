@@ -57,6 +57,7 @@ def test_pixels_come_back_as_they_were():
     np.testing.assert_array_equal(codec.decode(codec.encode(jnp.asarray(patches))), patches)
 
 
+@pytest.mark.slow
 def test_the_flow_leads_to_the_coded_patches_and_drawing_decodes_them(monkeypatch):
     config = config_of("dct")
     codec, batch = patch_codec(config.model), small.mixed_batch()

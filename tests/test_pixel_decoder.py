@@ -51,7 +51,7 @@ def test_the_mask_from_patches_to_tokens_is_the_drawing():
     np.testing.assert_array_equal(token_mask(segments)[0], [[cell == "x" for cell in line] for line in drawing])
 
 
-@pytest.mark.parametrize("conditioning", BOTH)
+@pytest.mark.parametrize("conditioning", [BOTH[0], pytest.param(BOTH[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("objective", "whole_image"), [("unihetero", True), ("pixel_through", False)])
 def test_a_condition_moves_its_own_group_alone(conditioning, objective, whole_image):
     """Of the renderer that is the image, as an objective the block; never another image (padding is read by nobody)."""

@@ -55,6 +55,7 @@ def repo_root_of_module(request):
     return request.config.rootpath
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_and_stop_together(train_on, tmp_path):
     """SIGTERM to one of two; both save the same step, and one process goes on from it as if it had been one always."""
     whole = train_on(1, tmp_path / "one")
@@ -99,7 +100,8 @@ def test_one_process_becomes_two(train_on, tmp_path):
     assert "rollout from captions" in finished[0].output and "rollout from captions" not in finished[1].output
 
 
-@pytest.mark.parametrize("stalled", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stalled", [1, 0])
 def test_a_stopped_process_ends_the_others_by_name(train_on, tmp_path, stalled):
     """SIGSTOP, which no program sees: the other one ends within the deadline, saying who; also if it is the lead."""
     alive = 1 - stalled

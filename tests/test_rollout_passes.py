@@ -33,7 +33,7 @@ def reread(config, params, batch, num_passes):
     return np.roll(np.asarray(jax.jit(predictions)(params)), 1, axis=1)
 
 
-@pytest.mark.parametrize("branch", [{}, {"model__visual_branch__split_layer": 1}])
+@pytest.mark.parametrize("branch", [{}, pytest.param({"model__visual_branch__split_layer": 1}, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cut", [{}, {"loss__cut_input_gradient": True, "loss__cut_branch_gradient": True}])
 def test_passes_are_the_free_rollout(branch, cut):
     """After n passes the first n + 1 embeddings; the next ones are others still."""

@@ -94,4 +94,4 @@ def test_it_is_trained_once_stored_and_can_be_started_from(tiny_experiment, tiny
     assert f"encoder {digest_of(stored)} is there" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds another encoder \(seed: "):
         scene_encoder.train_encoder(dataclasses.replace(config, seed=5), str(tmp_path / "encoder"))
-    assert scene_encoder.main(["--level=hard", "--workdir=/dev/null/x"]) == 2
+    assert scene_encoder.main(["--variant=hard", "--workdir=/dev/null/x"]) == 2

@@ -31,7 +31,9 @@ def bytes_on_a_device(tree):
     return sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("mesh", [{}, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}])
+@pytest.mark.parametrize(
+    "mesh", [{}, pytest.param({"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, marks=pytest.mark.slow)]
+)
 def test_every_byte_of_the_state_is_donated(mesh):
     analysis, state, _ = memory_of(make_tiny_config(**mesh, train__global_batch_rows=8))
     assert bytes_on_a_device(state.ema) > 0 and bytes_on_a_device(state.opt_state) > bytes_on_a_device(state.params)

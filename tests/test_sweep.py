@@ -1,6 +1,7 @@
 """Sweeps: what is planned, that nothing is trained twice or lost, and that interruptions do not change the table."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from unihetero_jax.config import to_dict
 from unihetero_jax.model.unihetero import init_params
 from unihetero_jax.reporting import collapse_alarms, has_collapsed
 from unihetero_jax.train import Interrupted
+from unihetero_jax.train_run import run_training
 from unihetero_jax.workdir import RunLock
 
 FILE = """
@@ -107,6 +109,24 @@ def test_what_is_missing_is_trained_once_and_the_table_holds_all(sweep_file, tmp
     assert found["semantic_input", 0, "held_out/qa/text"] == line["eval_loss"]["qa"]["text"]
 
 
+@pytest.mark.slow
+def test_five_kills_at_random_moments_leave_the_table_as_it_is(program, sweep_file, tmp_path):
+    """Kill -9 at any moment of four runs: planning, compiling, stepping, saving, evaluating, writing the table."""
+    command = ["sweep", f"--sweep={sweep_file}:scenes"]
+    whole = program.run([*command, f"--workdir={tmp_path / 'whole'}"])
+    assert whole.code == 0, whole.output
+    rng, kills, workdirs = random.Random(0), 0, []
+    while kills < 5:
+        workdirs.append(tmp_path / f"round-{len(workdirs)}")
+        ended = None
+        while ended is None or ended.code:
+            delay = rng.uniform(0.1, 1.0) * whole.seconds if kills < 5 else None
+            ended = program.run([*command, f"--workdir={workdirs[-1]}"], kill_after_s=delay)
+            assert ended.code in (0, -signal.SIGKILL), ended.output
+            kills += ended.code != 0
+    assert all(rows_of(workdir) == rows_of(tmp_path / "whole") for workdir in workdirs)
+
+
 def test_a_run_that_fails_is_counted_and_the_others_go_on(sweep_file, tmp_path, capsys, monkeypatch):
     run_training = sweep.run_training
 
@@ -162,22 +182,32 @@ def test_a_run_is_finished_when_its_rollouts_are_measured_too(tmp_path, monkeypa
     assert not sweep.is_finished(one, tmp_path)
     (tmp_path / "eval" / "rollout-2000.json").write_text("{}")
     assert sweep.is_finished(one, tmp_path)
-    with pytest.raises(ValueError, match="whose rollouts are measured of the first alone"):
-        sweep_plan.plan_product("experiments/quickstart.py", ["seed=0,4", "train.num_replicates=4"])
+    judged = sweep_plan.plan_product("experiments/quickstart.py", ["seed=0,1", "eval.rollout_judge=x"])[0]
+    assert not sweep.is_finished(judged, tmp_path)
+    (tmp_path / "eval" / "rollout-error-2000.json").write_text("{}")
+    assert sweep.is_finished(judged, tmp_path)
+    plain = sweep_plan.plan_product("experiments/quickstart.py", ["objective=understanding", "eval.rollout_judge=x,y"])
+    assert sweep.is_finished(plain[0], tmp_path), "what draws nothing has nothing to judge"
 
 
-def test_replicates_fill_the_table_like_runs_of_their_own(sweep_file, tiny_world, tmp_path, capsys):
+@pytest.mark.slow
+def test_replicates_fill_the_table_like_runs_of_their_own(sweep_file, tiny_world, tiny_experiment, tmp_path):
     """Seeds 3 and 4 in one step, and as two runs; the table has the same rows, to rounding."""
-    base = tmp_path / "base.py"
+    base, judge = tmp_path / "base.py", tmp_path / "judge"
+    run_training(tiny_experiment(objective="understanding", train__num_steps=2), str(judge))
     common = ["data.seed=0", "objective=semantic_input", "eval.without_image=True", "train.num_steps=2,3",
-              f"eval.benchmarks.scenes={tiny_world / 'questions.tsv'}"]  # fmt: skip
+              f"eval.benchmarks.scenes={tiny_world / 'questions.tsv'}", f"eval.rollout_judge={judge}",
+              "eval.rollout_source=generation", "eval.rollout_candidates=8"]  # fmt: skip
     found = {}
     for name, own in (("one", ["seed=3", "train.num_replicates=2"]), ("two", ["seed=3,4"])):
         planned = sweep_plan.plan_product(str(base), [*common, *own])
         assert sweep.execute(planned, tmp_path / name) == {"trained": len(planned)}
         found[name] = {(row["arm"], row["seed"], row["metric"]): row["value"] for row in rows_of(tmp_path / name)}
     assert found["one"].keys() == found["two"].keys()
-    assert {"accuracy/scenes", "answer_nll/scenes", "answer_nll_gain/scenes"} <= {key[2] for key in found["one"]}
+    assert {
+        "accuracy/scenes", "answer_nll/scenes", "answer_nll_gain/scenes", "rollout_retrieval", "leak",
+        *(f"rollout_error/{name}" for name in ("free_running", "teacher_forced", "floor", "gap", "growth", "horizon")),
+    } <= {key[2] for key in found["one"]}  # fmt: skip
     for key, value in found["two"].items():
         assert found["one"][key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
     assert {key[1] for key in found["one"]} == {3, 4}
@@ -339,8 +369,12 @@ SHIPPED = {
     },
     "claim2_pool": {"smoke": 9, "scenes": 12, "accelerator": 8 * 24},
     "claim2_fresh": {"smoke": 12, "scenes": 15, "accelerator": 8 * 21},
+    "claim3_target_space": {"smoke": 7, "scenes": 7, "accelerator": 56},
     "connectors": {"smoke": 12, "scenes": 12, "accelerator": 96},
+    "mixture": {"smoke": 11, "scenes": 11, "accelerator": 88},
+    "model_scaling": {"smoke": 10, "scenes": 30, "accelerator": 240},
     "split_branch": {"smoke": 5, "scenes": 5, "accelerator": 40},
+    "unified_vs_separate": {"smoke": 5, "scenes": 5, "accelerator": 40},
 }  # fmt: skip
 
 

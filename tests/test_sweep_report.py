@@ -76,6 +76,25 @@ def test_the_page_has_every_contrast_arm_and_run():
     assert not page.tags & {"script", "iframe", "link"}
 
 
+def test_the_best_model_size_of_each_budget_is_where_it_was_planted():
+    """Parabolas in the logarithm of the size: one with its vertex among the sizes, one beyond, one without."""
+    sizes = {f"d{width}": float(1e5 * 4**number) for number, width in enumerate((32, 64, 128, 256))}
+    planted = {"a@100GFLOP": (8e5, 0.1), "a@400GFLOP": (6e7, 0.1), "b@100GFLOP": (8e5, -0.1)}
+    table = table_of({})
+    table["parameters"] = {}
+    for curve, (best, curvature) in planted.items():
+        for name, size in sizes.items():
+            arm, loss = f"{curve}-{name}", 0.5 + curvature * np.log(size / best) ** 2
+            table["answer_nll"][arm] = {seed: loss + 0.01 * (-1) ** seed for seed in range(SEEDS)}
+            table["parameters"][arm] = dict.fromkeys(range(SEEDS), size)
+    page = page_of(table, registered(()))
+    found = {(row[0], row[1]): row[2:] for row in page.rows if row[1:2] in (["100"], ["400"])}
+    assert found["a", "100"] == ["4", "800,000 parameters, 0.5000"]
+    assert found["a", "400"][1].startswith("60,000,000 parameters") and "outside of the sizes" in found["a", "400"][1]
+    assert "no minimum over these model sizes" in found["b", "100"][1]
+    assert not [row for row in page.rows if len(row) == 4 and row[0] == "base" and "parameters" in row[3]]
+
+
 def test_a_wrong_control_stands_before_everything_else():
     table = table_of({"good": 0.1, "planted": 0.0})
     about = registered(("good", "planted"), positive=["planted <helps>"])

@@ -255,6 +255,7 @@ def test_pixel_loss_draws_each_block_from_the_hidden_state_before_it():
         np.testing.assert_allclose(clean, np.asarray(batch.patches[b, 4 * token]) / 127.5 - 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_drawn_block_reads_no_other_block_and_a_renderer_reads_its_image():
     batch = drawn_rows(1, 1)
     for objective, reads_others in (("pixel_through", False), ("unihetero", True)):

@@ -83,6 +83,7 @@ def test_each_line_tells_what_the_issue_names(usual):
     assert lines[-1]["eval_loss"]["qa"]["text"] > 0 and lines[-1]["eval_loss"]["generation"]["visual"] > 0
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_save(tiny_experiment, tmp_path):
     """Whatever batches come, and while checkpoints are written: on a mesh, traces and compilations are counted."""
     counted, by_step = [], {}
@@ -103,6 +104,7 @@ def test_nothing_is_compiled_after_the_first_save(tiny_experiment, tmp_path):
     assert len(tokens) == 8, "batches differ"
 
 
+@pytest.mark.slow
 def test_validation_changes_nothing(usual, tiny_experiment, tmp_path):
     _, _, undisturbed = usual
     run(tiny_experiment(train__eval_every_steps=3), tmp_path)
@@ -131,6 +133,7 @@ def test_objectives_share_data_and_initialisation(usual, tiny_experiment, tmp_pa
         jax.tree.map(np.testing.assert_array_equal, ours[name], theirs[name])
 
 
+@pytest.mark.slow
 def test_replicates_run_end_to_end(usual, tiny_experiment, tmp_path):
     _, _, lines = usual
     state = run(tiny_experiment(train__num_replicates=2), tmp_path)

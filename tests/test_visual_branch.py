@@ -59,7 +59,7 @@ def test_it_starts_as_a_copy_so_that_nothing_changes_at_first():
 
 
 @pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("objective", ["semantic_input", "pixel_through"])
+@pytest.mark.parametrize("objective", ["semantic_input", pytest.param("pixel_through", marks=pytest.mark.slow)])
 def test_each_loss_trains_its_own_upper_layers_alone(cut, objective):
     """Shared layers learn from both, unless the branch is cut off: then what is visual trains the branch alone."""
     config = branched(objective=objective, loss__cut_branch_gradient=cut)
@@ -85,6 +85,7 @@ def test_each_loss_trains_its_own_upper_layers_alone(cut, objective):
     assert moves(lower(visual)) == moves(visual["encoder"]) == (not cut)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["semantic_input", "pixel_through"])
 def test_a_branch_that_is_cut_off_does_not_change_the_size_of_the_others_update(objective):
     """Clipping is by what shares a loss graph: 1,000 times the visual loss leaves the rest as it is, to the bit."""
@@ -108,6 +109,7 @@ def test_a_branch_that_is_cut_off_does_not_change_the_size_of_the_others_update(
     assert any(not np.array_equal(a, b) for a, b in zip(*branches, strict=True)), "and the branch learns"
 
 
+@pytest.mark.slow
 def test_text_is_that_of_the_model_without_it_and_a_rollout_is_the_branchs():
     """The cache holds both stacks; each reads its own, as whole rows do."""
     config, plain = branched(), make_tiny_config(model__decoder__num_layers=LAYERS)
@@ -144,6 +146,7 @@ def test_text_is_that_of_the_model_without_it_and_a_rollout_is_the_branchs():
     assert int(tokens[0, 0]) == int(jnp.argmax(text @ model.decoder.unembedding.T)), "text after it by the text layers"
 
 
+@pytest.mark.slow
 def test_a_rollout_of_the_branch_on_eight_devices_is_that_on_one():
     config = branched(mesh__fsdp=4, mesh__tensor=2, train__global_batch_rows=8, eval__batch_rows=8)
     params, (prompts, _) = perturbed(config), small.drawing_prompts_and_truth(4)

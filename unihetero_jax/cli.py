@@ -22,6 +22,7 @@ from unihetero_jax import (
     export,
     preregistration,
     report,
+    run_report,
     stored_steps,
     sweep,
     sweep_plan,
@@ -177,11 +178,14 @@ def _parser() -> argparse.ArgumentParser:
     verifies.add_argument("--output", default="", help="a JSON file for everything that is printed")
     verifies.set_defaults(command=_verify_claims)
 
-    reports = commands.add_parser("report", allow_abbrev=False, help="a page of what a sweep found")
-    reports.add_argument("--results", required=True, metavar="TABLE", help="as `verify-claims` takes it")
+    reports = commands.add_parser("report", allow_abbrev=False, help="a page of what a run or a sweep found")
+    chosen = reports.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--workdir", default="", help="of a sweep or of a run")
+    chosen.add_argument("--results", default="", metavar="TABLE", help="of a sweep, as `verify-claims` takes it")
+    reports.add_argument("--against", default="", metavar="WORKDIR", help="of a run: another, drawn over it")
     reports.add_argument("--protocol", default="", metavar="FILE", help="default: protocol.json beside the table")
-    reports.add_argument("--title", default="", help="of the page; default: the table's folder")
-    reports.add_argument("--output", default="", help="an HTML file; default: report.html beside the table")
+    reports.add_argument("--title", default="", help="of the page; default: the folder")
+    reports.add_argument("--output", default="", help="an HTML file; default: report.html in the folder")
     reports.set_defaults(command=_report)
 
     sweeps = commands.add_parser("sweep", allow_abbrev=False, help="train what is missing of many runs")
@@ -318,7 +322,18 @@ def _verify_claims(flags: argparse.Namespace, overrides: list[str]) -> int:
 def _report(flags: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError(f"{overrides[0]}: report takes no --config fields")
-    results = Path(flags.results)
+    table = Path(flags.results or Path(flags.workdir) / sweep.RESULTS)
+    if flags.results or table.exists():
+        if flags.against:
+            raise ValueError(f"--against={flags.against} is drawn over a run; a sweep's page has its own baselines")
+        _report_sweep(flags, table)
+        return
+    output = Path(flags.output or Path(flags.workdir) / "report.html")
+    output.write_text(run_report.render_run(flags.workdir, flags.title or f"Run {flags.workdir}", flags.against))
+    print(f"see {output}")
+
+
+def _report_sweep(flags: argparse.Namespace, results: Path) -> None:
     found, registered = (
         claims.read_table(results),
         claims.read_protocol(Path(flags.protocol or results.parent / "protocol.json")),

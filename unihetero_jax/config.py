@@ -491,7 +491,8 @@ class EvalConfig:
     `batch_rows` rows are scored at once; `shard_items` items are a part of a job, which a kill cannot take away once it
     is written; `validation_rows` bounds the fixed validation plan per source (0: every item).
     `rollout_source` (empty: none) names the source whose unseen captions are rolled out, to be found among
-    `rollout_candidates` images.
+    `rollout_candidates` images. `rollout_judge` (empty: none), another run, has the cumulative error of those rollouts
+    measured in its space at the end of training, which takes as many images again.
     """
 
     benchmarks: Mapping[str, str]
@@ -504,6 +505,7 @@ class EvalConfig:
     caption_prompt: str = "Describe the image."
     chat_template: bool = False
     without_image: bool = False
+    rollout_judge: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -314,6 +314,11 @@ def _validate_run(config: Config) -> list[str]:
             f"{', '.join(config.data.sources)}",
         ),
         (
+            bool(config.eval.rollout_source) or not config.eval.rollout_judge,
+            f"eval.rollout_judge {config.eval.rollout_judge!r} judges rollouts from captions of eval.rollout_source, "
+            "which is empty: name a source, or set eval.rollout_judge= (empty)",
+        ),
+        (
             not config.eval.rollout_source or loss.target_norm != "layer_norm" or not visual_target(config.objective),
             "loss.target_norm=layer_norm predicts embeddings without their mean, which cannot be fed back; "
             "set eval.rollout_source= (empty), or loss.target_norm to none or l2",

@@ -22,7 +22,7 @@ from unihetero_jax.data.labelled_images import class_names, read_labelled_images
 from unihetero_jax.data.records import MERGE_SIZE
 from unihetero_jax.data.tokenizer import load_tokenizer
 from unihetero_jax.evaluation.benchmarks import read_benchmark
-from unihetero_jax.evaluation.diagnostics import Reader, check_candidates, rollout_retrieval
+from unihetero_jax.evaluation.diagnostics import Reader, check_candidates, check_judged, rollout_retrieval
 from unihetero_jax.evaluation.drawing_quality import (
     check_drawings,
     drawing_quality,
@@ -40,12 +40,15 @@ from unihetero_jax.evaluation.layers import (
 )
 from unihetero_jax.evaluation.page import write_page
 from unihetero_jax.evaluation.rollout_error import Judge, format_rollout_error, plot_rollout_error, rollout_error
-from unihetero_jax.evaluation.runner import check_mode, evaluate, format_table, select_benchmarks, write_json
+from unihetero_jax.evaluation.runner import check_mode, evaluate, format_table, select_benchmarks, stem_of, write_json
 from unihetero_jax.evaluation.training_prior import TrainingPrior
 from unihetero_jax.loaded_run import Run, load_averages, load_run, model_of, one_replicate
 from unihetero_jax.metrics import announce, read_metrics
 from unihetero_jax.state import TrainState, params_in_use
 from unihetero_jax.storage import local_target, to_path
+
+ROLLOUT, ROLLOUT_ERROR = "rollout", "rollout-error"
+"""What the results of these are called, in place of a benchmark's name."""
 
 
 def evaluate_command(flags: argparse.Namespace, overrides: list[str]) -> None:
@@ -100,9 +103,9 @@ def _evaluate_step(flags: argparse.Namespace, overrides: list[str], step: int) -
     if flags.held_out:
         _measure_held_out(run, to_path(flags.workdir) / "eval")
     if flags.rollout:
-        _roll_out(run, to_path(flags.workdir) / "eval")
+        _roll_out(run, to_path(flags.workdir) / "eval", flags.replicate)
     if judge:
-        _measure_rollout_error(run, judge, to_path(flags.workdir) / "eval")
+        _measure_rollout_error(run, judge, to_path(flags.workdir) / "eval", flags.replicate)
     if flags.drawings is not None:
         _measure_drawings(run, flags.drawings, judge, to_path(flags.workdir) / "eval")
     if flags.layers:
@@ -232,29 +235,37 @@ def _best_step(workdir: str, stored: Sequence[int], replicate: int) -> int:
 
 
 def evaluate_state(config: Config, workdir: str, state: TrainState, step: int) -> dict[str, Any]:
-    """Benchmarks, of every replicate, and, where images are generated, rollout retrieval of the first; writes
+    """What the configuration asks for, of every replicate: benchmarks, rollout retrieval, cumulative error. Writes
     eval/*.json and prints all. Returns the first replicate's results.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     in_use, folder = params_in_use(state.params, state.ema), to_path(workdir) / "eval"
-
-    def run_of(replicate: int) -> Run:
-        return Run(config, config_hash(config), step, one_replicate(in_use, config, replicate), tokenizer)
-
+    judge = _load_judge(config.eval.rollout_judge, config) if is_judged(config) else None
     results: dict[str, Any] = {}
-    for replicate in range(config.train.num_replicates if config.eval.benchmarks else 0):
-        run = run_of(replicate)
+    for replicate in range(config.train.num_replicates):
+        if config.train.num_replicates > 1:
+            announce(f"replicate {replicate}")
+        run = Run(config, config_hash(config), step, one_replicate(in_use, config, replicate), tokenizer)
+        found = _evaluate_replicate(run, folder, judge, replicate)
+        results = results or found
+    if config.eval.benchmarks and distributed.is_lead():
+        write_page(workdir)
+    return results
+
+
+def _evaluate_replicate(run: Run, folder: epath.Path, judge: Judge | None, replicate: int) -> dict[str, Any]:
+    config, found = run.config, {}
+    if config.eval.benchmarks:
         found = evaluate(
-            config, model_of(run), tokenizer, config.eval.benchmarks, step=step, config_hash=run.config_hash,
+            config, model_of(run), run.tokenizer, config.eval.benchmarks, step=run.step, config_hash=run.config_hash,
             output_dir=folder, without_image=config.eval.without_image, replicate=replicate,
         )  # fmt: skip
-        announce((f"replicate {replicate}\n" if config.train.num_replicates > 1 else "") + format_table(found))
-        results = results or found
-    if results and distributed.is_lead():
-        write_page(workdir)
+        announce(format_table(found))
     if draws_images(config):
-        results = {**results, "rollout": _roll_out(run_of(0), folder)}
-    return results
+        found = {**found, "rollout": _roll_out(run, folder, replicate)}
+    if judge:
+        _measure_rollout_error(run, judge, folder, replicate)
+    return found
 
 
 def check_evaluation(config: Config) -> None:
@@ -263,6 +274,9 @@ def check_evaluation(config: Config) -> None:
         check_mode(path, read_benchmark(path), "likelihood")
     if draws_images(config):
         check_candidates(config, load_tokenizer(config.data.tokenizer))
+    if is_judged(config):
+        check_judged(config, load_tokenizer(config.data.tokenizer))
+        _load_judge(config.eval.rollout_judge, config)
 
 
 def draws_images(config: Config) -> bool:
@@ -270,13 +284,18 @@ def draws_images(config: Config) -> bool:
     return rolls_out(config) and bool(config.eval.rollout_source)
 
 
-def _roll_out(run: Run, folder: epath.Path) -> dict[str, Any]:
+def is_judged(config: Config) -> bool:
+    """Whether the end of training measures cumulative error: the run draws, and names a judge."""
+    return draws_images(config) and bool(config.eval.rollout_judge)
+
+
+def _roll_out(run: Run, folder: epath.Path, replicate: int) -> dict[str, Any]:
     """Rollout retrieval: measured, judged, written to `rollout-<step>.json` and printed."""
     config = run.config
     found = rollout_retrieval(config, run.params, run.tokenizer)
     alarms = ["rollout_retrieval"] if found["retrieval"] < config.diagnostics.retrieval_alarm else []
     result = found | {"alarms": alarms, "step": run.step, "config_hash": run.config_hash}
-    write_json(folder / f"rollout-{run.step}.json", result)
+    write_json(folder / f"{stem_of(ROLLOUT, run.step, replicate=replicate)}.json", result)
     announce(
         f"rollout from captions of {found['source']}: finds its image among {found['num_candidates']} "
         f"at {found['retrieval']:.3f} +- {found['standard_error']:.3f} (chance {found['chance']:.3f}); "
@@ -289,7 +308,7 @@ def _roll_out(run: Run, folder: epath.Path) -> dict[str, Any]:
 
 
 def _load_judge(workdir: str, config: Config) -> Judge:
-    """The newest step of the run `--rollout-judge`. Raises ValueError unless it reads patches of the run's size."""
+    """The newest step of a run as judge. Raises ValueError unless it reads patches of the run's size."""
     found = load_run(workdir, -1, 0)
     judge = Judge(found.config, found.params, found.tokenizer)
     judge.check_patches(config)
@@ -306,12 +325,13 @@ def _measure_drawings(run: Run, number: int, judge: Judge | None, folder: epath.
         write_json(folder / f"drawings-{run.step}.json", result)
 
 
-def _measure_rollout_error(run: Run, judge: Judge, folder: epath.Path) -> None:
+def _measure_rollout_error(run: Run, judge: Judge, folder: epath.Path, replicate: int) -> None:
     """Written to `rollout-error-<step>.json` and `.png`, and printed."""
     result = rollout_error(run.config, run.params, run.tokenizer, judge, _reader(run.config))
     result |= {"objective": run.config.objective, "step": run.step, "config_hash": run.config_hash}
     announce(format_rollout_error(result))
     if distributed.is_lead():
-        write_json(folder / f"rollout-error-{run.step}.json", result)
-        with local_target(folder / f"rollout-error-{run.step}.png") as path:
+        stem = stem_of(ROLLOUT_ERROR, run.step, replicate=replicate)
+        write_json(folder / f"{stem}.json", result)
+        with local_target(folder / f"{stem}.png") as path:
             plot_rollout_error(result, path)

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unihetero_jax import flops
 from unihetero_jax.checkpoint import valid_step
 from unihetero_jax.claims import Matching, Protocol
 from unihetero_jax.config import Config, to_dict
 from unihetero_jax.metrics import announce
-from unihetero_jax.sweep_plan import Planned, flat_fields, path_of, protocol_of, run_flops
+from unihetero_jax.sweep_plan import Planned, flat_fields, path_of, protocol_of, run_flops, trained_parameters
 from unihetero_jax.workdir import write_atomically
 
 PROTOCOL_FILE = "protocol.json"
@@ -63,9 +62,11 @@ def _digest(path: Path, protocol: Protocol, planned: Sequence[Planned], origins:
 
 
 def _starting_points(planned: Sequence[Planned]) -> dict[str, str]:
-    """{workdir: digest of the stored step} of every run that another one starts from."""
+    """{workdir: digest of the stored step} of every run that another one starts from, or is judged by."""
     found = {}
-    for workdir, step in {(one.config.init_from.workdir, one.config.init_from.step) for one in planned}:
+    begun = {(one.config.init_from.workdir, one.config.init_from.step) for one in planned}
+    judges = {(one.config.eval.rollout_judge, -1) for one in planned}
+    for workdir, step in begun | judges:
         if not workdir:
             continue
         folder = valid_step(Path(workdir), None if step < 0 else step)
@@ -114,7 +115,7 @@ def _check_pair(baseline: Planned, arm: Planned, matching: Matching) -> None:
             _check_equal_cost(baseline, arm, run_flops, "flops")
         case "parameters":
             _check_equal_data(baseline, arm)
-            _check_equal_cost(baseline, arm, _trained_parameters, "parameters")
+            _check_equal_cost(baseline, arm, trained_parameters, "parameters")
 
 
 def _check_equal_data(first: Planned, other: Planned) -> None:
@@ -140,8 +141,3 @@ def _check_equal_cost(first: Planned, other: Planned, cost: Callable[[Config], f
             f"matching: {first.name} has {own:.6g} {what}, {other.name} {theirs:.6g}: more than "
             f"{MATCHED_WITHIN:.0%} apart"
         )
-
-
-def _trained_parameters(config: Config) -> float:
-    counts = flops.parameter_counts(config.model, config.objective)
-    return sum(count for name, count in counts.items() if name not in (*config.optimizer.frozen, "total"))

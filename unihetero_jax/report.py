@@ -5,15 +5,14 @@ the runs, and how to read it all. Nothing is left out: an arm that collapsed, a 
 verdict that is withheld stand where the reader looks first.
 """
 
-import base64
-import io
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
+from scipy import special
 
-from unihetero_jax import scaling
+from unihetero_jax import failure_signatures, scaling
 from unihetero_jax.claims import (
     CLAIMS,
     COLLAPSED,
@@ -24,11 +23,15 @@ from unihetero_jax.claims import (
     shown_verdict,
     why_withheld,
 )
+from unihetero_jax.failure_signatures import Signature, not_measured, signatures_table
+from unihetero_jax.figures import image_of, new_figure
 from unihetero_jax.html_page import escaped, page, section, table
 
 SIZE_MARK = "@"
 """Between an arm and the number of pairs that it saw: `semantic_input@4096`."""
-SHOWN_FIRST = ("answer_nll", "answer_nll_gain", "accuracy", "rollout_retrieval")
+BUDGET = re.compile(r"(.+)@(\d+)GFLOP-.+")
+"""An arm of one model size at one training budget: `semantic_input@1000GFLOP-d96`."""
+SHOWN_FIRST = ("answer_nll", "answer_nll_gain", "accuracy", "rollout_error", "rollout_retrieval", "leak")
 """Metrics that stand in the table of arms, in this order; a metric's benchmark follows a slash."""
 _COLORS = {"supported": "#2e7d32", "not supported": "#9aa1ad", "inconclusive": "#c77700"}
 _OTHER_COLOR, _WITHHELD = "#b3261e", "#c9ced6"
@@ -52,10 +55,13 @@ def render(
         f"<h1>{escaped(title)}</h1>",
         _facts(registered, findings),
         section("Verdicts", "verdicts", _verdicts(findings, registered, withheld, unjudged)),
+        section("Failure signatures", "signatures", signatures_table(_signatures(results, registered, findings))),
         section("Arms", "arms", _arms(results, registered)),
     ]
     if curves := curves_of(results, registered.protocol.metric):
         parts.append(section("Over data", "curves", _curves(curves, registered.protocol.metric)))
+    if budgets := budgets_of(results, registered.protocol.metric):
+        parts.append(section("Over model size", "sizes", _sizes(budgets, registered.protocol.metric)))
     parts.append(section("Runs", "runs", _runs(results, registered)))
     parts.append(section("How to read this", "reading", _READING))
     return page(title, "\n".join(parts))
@@ -119,7 +125,7 @@ def _of(found: tuple[int, int] | None) -> str:
 
 def _forest(findings: Sequence[Finding], margin: float, is_withheld: bool) -> str:
     """Estimates with their intervals, a line at no effect and one at the margin."""
-    figure, axes = _figure(7.6, 0.9 + 0.42 * len(findings))
+    figure, axes = new_figure(7.6, 0.9 + 0.42 * len(findings))
     for place, one in enumerate(reversed(findings)):
         own = one.contrast
         color = _WITHHELD if is_withheld and one.role in CLAIMS else _COLORS.get(one.verdict, _OTHER_COLOR)
@@ -130,7 +136,58 @@ def _forest(findings: Sequence[Finding], margin: float, is_withheld: bool) -> st
     labels = [one.contrast.name + ("" if one.role == "primary" else f" [{one.role}]") for one in reversed(findings)]
     axes.set_yticks(range(len(findings)), labels)
     axes.set_xlabel("effect (dashed: margin; squares: controls)")
-    return _image(figure, "Estimates and intervals of all contrasts; the table below has the figures")
+    return image_of(figure, "Estimates and intervals of all contrasts; the table below has the figures")
+
+
+# ---------------------------------------------------------------- failure signatures
+
+
+def _signatures(results: Table, registered: Registered, findings: Sequence[Finding]) -> list[Signature]:
+    metric = registered.protocol.metric
+    return [
+        _of_pixels(findings, registered.protocol.margin),
+        _of_understanding(curves_of(results, metric)),
+        _of_rollouts(results),
+        _of_kinds(results),
+    ]
+
+
+def _of_pixels(findings: Sequence[Finding], margin: float) -> Signature:
+    for one in findings:
+        if one.arm.startswith("pixel_") and one.role in CLAIMS:
+            return failure_signatures.of_pixels(one.contrast.estimate, one.contrast.low, one.contrast.high, margin)
+    return not_measured(failure_signatures.UNDERSTANDING, "takes a contrast of an arm pixel_...")
+
+
+def _of_understanding(curves: Mapping[str, scaling.Curve]) -> Signature:
+    for name, curve in curves.items():
+        if name.startswith("understanding"):
+            return failure_signatures.of_understanding_curve(curve.sizes.tolist(), curve.losses.mean(axis=1).tolist())
+    return not_measured(failure_signatures.SCALING, "takes arms understanding@SIZE")
+
+
+def _of_rollouts(results: Table) -> Signature:
+    """Of the first arm whose rollouts were judged."""
+    for arm, growth in results.get("rollout_error/growth", {}).items():
+        horizon, length = (results[f"rollout_error/{name}"][arm] for name in ("horizon", "num_positions"))
+        values = np.array(list(growth.values()))
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.inf
+        half = special.stdtrit(max(len(values) - 1, 1), 0.975) * error
+        interval = (values.mean(), values.mean() - half, values.mean() + half)
+        return failure_signatures.of_rollouts(
+            interval, float(np.mean(list(horizon.values()))), int(max(length.values()))
+        )
+    return not_measured(failure_signatures.ACCUMULATION, "takes runs with eval.rollout_judge")
+
+
+def _of_kinds(results: Table) -> Signature:
+    """Of the first benchmark that has a twin, over all arms."""
+    for name, by_arm in results.items():
+        twin = results.get(f"{name}_heldout")
+        if name.startswith("accuracy/") and twin:
+            accuracy, heldout = (np.mean([v for own in one.values() for v in own.values()]) for one in (by_arm, twin))
+            return failure_signatures.of_kinds(name, float(accuracy), f"{name}_heldout", float(heldout))
+    return not_measured(failure_signatures.GENERALISATION, "takes benchmarks NAME and NAME_heldout")
 
 
 # ---------------------------------------------------------------- arms
@@ -162,14 +219,14 @@ def _strips(results: Table, metric: str) -> str:
     arms = [arm for arm in results.get(metric, {}) if SIZE_MARK not in arm]
     if not arms:
         return ""
-    figure, axes = _figure(7.6, 0.9 + 0.34 * len(arms))
+    figure, axes = new_figure(7.6, 0.9 + 0.34 * len(arms))
     for place, arm in enumerate(reversed(arms)):
         own = results[metric][arm]
         axes.scatter(list(own.values()), [place] * len(own), c=list(own), cmap="viridis", s=18)
         axes.plot([np.mean(list(own.values()))], [place], "|", color="#1f2430", markersize=14)
     axes.set_yticks(range(len(arms)), list(reversed(arms)))
     axes.set_xlabel(f"{metric} (a point for each seed, one colour for a seed; bar: mean)")
-    return _image(figure, f"{metric} of every seed of every arm; the table below has means and deviations")
+    return image_of(figure, f"{metric} of every seed of every arm; the table below has means and deviations")
 
 
 # ---------------------------------------------------------------- curves
@@ -224,7 +281,7 @@ def describe_curves(curves: Mapping[str, scaling.Curve]) -> Iterator[tuple[str, 
 
 
 def _curves(curves: Mapping[str, scaling.Curve], metric: str) -> str:
-    figure, axes = _figure(7.6, 4.2)
+    figure, axes = new_figure(7.6, 4.2)
     for number, (name, curve) in enumerate(curves.items()):
         mean = curve.losses.mean(axis=1)
         color = f"C{number}"
@@ -237,8 +294,46 @@ def _curves(curves: Mapping[str, scaling.Curve], metric: str) -> str:
     axes.set_ylabel(metric)
     axes.legend(frameon=False)
     rows = list(describe_curves(curves))
-    image = _image(figure, f"{metric} over the number of pairs; the table below has the fitted laws")
+    image = image_of(figure, f"{metric} over the number of pairs; the table below has the fitted laws")
     return image + table("Fitted laws L = E + A D^-alpha, with 95% intervals", ("curve", "quantity", "value"), rows)
+
+
+# ---------------------------------------------------------------- model sizes
+
+
+def budgets_of(results: Table, metric: str) -> dict[tuple[str, int], dict[float, float]]:
+    """{(name, GFLOP): {trained parameters: mean of the metric}} of arms written NAME@GFLOP-SIZE."""
+    found: dict[tuple[str, int], dict[float, float]] = {}
+    for arm, values in results.get(metric, {}).items():
+        parameters = results.get("parameters", {}).get(arm)
+        if parameters and (match := BUDGET.fullmatch(arm)):
+            size = float(np.mean(list(parameters.values())))
+            found.setdefault((match[1], int(match[2])), {})[size] = float(np.mean(list(values.values())))
+    return found
+
+
+def _sizes(budgets: Mapping[tuple[str, int], Mapping[float, float]], metric: str) -> str:
+    figure, axes = new_figure(7.6, 4.2)
+    rows = []
+    for (name, budget), losses in sorted(budgets.items()):
+        sizes = sorted(losses)
+        axes.plot(sizes, [losses[size] for size in sizes], "o-", label=f"{name}, {budget:,} GFLOP")
+        rows.append((name, f"{budget:,}", str(len(sizes)), _optimum(losses)))
+    axes.set_xscale("log")
+    axes.set_xlabel("trained parameters")
+    axes.set_ylabel(metric)
+    axes.legend(frameon=False)
+    image = image_of(figure, f"{metric} over model size at equal training; the table below has the best sizes")
+    return image + table("Best sizes: vertices of parabolas", ("curve", "GFLOP", "sizes", "optimum"), rows)
+
+
+def _optimum(losses: Mapping[float, float]) -> str:
+    try:
+        best = scaling.isoflop_optimum(list(losses), list(losses.values()))
+    except ValueError as error:
+        return str(error)
+    inside = "" if best.is_inside else " (outside of the sizes that were run: no more than a direction)"
+    return f"{best.parameters:,.0f} parameters, {best.loss:.4f}{inside}"
 
 
 # ---------------------------------------------------------------- runs
@@ -256,19 +351,3 @@ def _runs(results: Table, registered: Registered) -> str:
         + table("Every model that was trained", ("arm", "seed", metric, "collapsed"), rows)
         + "</details>"
     )
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # only who draws needs it; a figure of its own keeps no global state
-
-    figure = Figure((width, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _image(figure: Any, description: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<p><img style="max-width: 100%" alt="{escaped(description)}" src="data:image/png;base64,{data}"></p>'

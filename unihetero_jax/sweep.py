@@ -34,11 +34,11 @@ import pyarrow.parquet as pq
 from unihetero_jax.checkpoint import list_steps
 from unihetero_jax.command_line import with_overrides
 from unihetero_jax.config import config_hash, to_dict
-from unihetero_jax.evaluate_run import draws_images
+from unihetero_jax.evaluate_run import ROLLOUT, ROLLOUT_ERROR, draws_images, is_judged
 from unihetero_jax.evaluation.runner import stem_of
 from unihetero_jax.metrics import announce, read_metrics
 from unihetero_jax.reporting import has_collapsed
-from unihetero_jax.sweep_plan import Planned, flat_fields, run_flops, text_of
+from unihetero_jax.sweep_plan import Planned, flat_fields, run_flops, text_of, trained_parameters
 from unihetero_jax.train_run import run_training
 from unihetero_jax.workdir import RunLock, WorkdirError
 
@@ -93,15 +93,14 @@ def execute(planned: Sequence[Planned], workdir: Path) -> Counter[str]:
 
 def is_finished(one: Planned, folder: Path) -> bool:
     """Whether the run's last step is stored and evaluated, its rollouts included."""
-    steps = one.config.train.num_steps
-    results = [_result(one, folder, name, i) for name in one.config.eval.benchmarks for i in range(len(one.seeds))]
-    if draws_images(one.config):
-        results.append(folder / "eval" / f"rollout-{steps}.json")
-    return steps in list_steps(folder) and all(path.exists() for path in results)
+    rollouts = {ROLLOUT: draws_images(one.config), ROLLOUT_ERROR: is_judged(one.config)}
+    names = [*one.config.eval.benchmarks, *(name for name, is_measured in rollouts.items() if is_measured)]
+    results = [_result(one, folder, name, replicate) for name in names for replicate in range(len(one.seeds))]
+    return one.config.train.num_steps in list_steps(folder) and all(path.exists() for path in results)
 
 
 def _result(one: Planned, folder: Path, name: str, replicate: int) -> Path:
-    return folder / "eval" / f"{stem_of(name, one.config.train.num_steps, 'likelihood', replicate)}.json"
+    return folder / "eval" / f"{stem_of(name, one.config.train.num_steps, replicate=replicate)}.json"
 
 
 # ---------------------------------------------------------------- the table
@@ -121,7 +120,9 @@ def measured(one: Planned, folder: Path) -> Iterator[dict[str, Any]]:
 
     Of the last step, by benchmark: `accuracy`, `answer_nll` (nats per token of the right answers) and, with
     `eval.without_image`, `answer_nll_gain`: the same less what it is without the picture. `held_out/SOURCE/TERM`: means
-    on validation rows. `rollout_retrieval`; `collapsed`: whether it was by the alarms' thresholds; `pflop`: of the run.
+    on validation rows. `rollout_retrieval`; with a judge `rollout_error/free_running`, `/teacher_forced`, `/floor`,
+    `/gap`, `/growth`, `/horizon` and `/num_positions`, and `leak`. `collapsed`: whether it was by the alarms'
+    thresholds; `pflop` of the run; `parameters`: those that it trains.
     """
     if not is_finished(one, folder):
         return
@@ -146,14 +147,25 @@ def _values_of(one: Planned, folder: Path, line: Mapping[str, Any], replicate: i
         own = {term: value[replicate] if several else value for term, value in terms.items()}
         values |= {f"held_out/{source}/{term}": value for term, value in own.items()}
     collapsed = has_collapsed(one.config.diagnostics, line["terms"], replicate if several else None)
-    rollout = folder / "eval" / f"rollout-{one.config.train.num_steps}.json"
-    if rollout.exists():
-        found = json.loads(rollout.read_text())
+    if draws_images(one.config):
+        found = json.loads(_result(one, folder, ROLLOUT, replicate).read_text())
         values["rollout_retrieval"] = found["retrieval"]
         collapsed = collapsed or bool(found["alarms"])
+    if is_judged(one.config):
+        values |= _cumulative_error(json.loads(_result(one, folder, ROLLOUT_ERROR, replicate).read_text()))
     values["collapsed"] = float(collapsed)
     values["pflop"] = run_flops(one.config) / 1e15 / len(one.seeds)
+    values["parameters"] = trained_parameters(one.config)
     return values
+
+
+def _cumulative_error(found: Mapping[str, Any]) -> dict[str, float]:
+    """Without the intervals, which are those of the images of one model."""
+    overall = {name: found["overall"][name][0] for name in ("free_running", "teacher_forced", "floor")}
+    shape = {name: found[name][0] for name in ("gap", "growth", "horizon")}
+    length = {"num_positions": len(found["curves"]["free_running"])}
+    figures = {f"rollout_error/{name}": value for name, value in (overall | shape | length).items()}
+    return figures | {"leak": found["leak"]["r_squared"]}
 
 
 # ---------------------------------------------------------------- dry run

@@ -12,7 +12,6 @@ from unihetero_jax import flops
 from unihetero_jax.claims import Protocol, parse_protocol
 from unihetero_jax.command_line import load_experiment, load_module, with_overrides
 from unihetero_jax.config import Config, config_hash
-from unihetero_jax.evaluate_run import draws_images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +130,6 @@ def _checked(planned: list[Planned], flag: str) -> list[Planned]:
     of_seed = Counter((one.arm, seed) for one in planned for seed in one.seeds)
     if clash := [f"{arm}, seed {seed}" for (arm, seed), number in of_seed.items() if number > 1]:
         raise ValueError(f"{flag}: plans {clash[0]} twice; a table has one value for an arm and a seed")
-    several = [one.name for one in planned if one.config.train.num_replicates > 1 and draws_images(one.config)]
-    if several:
-        raise ValueError(
-            f"{flag}: {several[0]} has train.num_replicates > 1, whose rollouts are measured of the first alone; set "
-            "eval.rollout_source to nothing"
-        )
     return planned
 
 
@@ -144,6 +137,12 @@ def run_flops(config: Config) -> float:
     """Model FLOPs of a whole run, on full rows."""
     work = flops.padded_work(config, config.train.global_batch_rows)
     return config.train.num_steps * config.train.num_replicates * flops.model_flops(config, work)["total"]
+
+
+def trained_parameters(config: Config) -> float:
+    """How many parameters the run trains."""
+    counts = flops.parameter_counts(config.model, config.objective)
+    return sum(count for name, count in counts.items() if name not in (*config.optimizer.frozen, "total"))
 
 
 def flat_fields(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

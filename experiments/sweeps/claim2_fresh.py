@@ -14,12 +14,21 @@ Scales: `smoke`, `scenes`, `accelerator`.
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.sweeps.scales import BASE, BASELINES, METRIC, SEEDS, check_scale, groups, large_world, schedule
+from experiments.sweeps.scales import (
+    BASE,
+    BASELINES,
+    METRIC,
+    SAMPLES_PER_STEP,
+    SEEDS,
+    check_scale,
+    groups,
+    large_world,
+    schedule,
+)
 
 __all__ = ["BASE", "PROTOCOL", "sweep"]
 STEPS = {"smoke": (10, 20, 30, 40), "scenes": (125, 250, 500, 1000, 1500),
          "accelerator": (125, 250, 500, 1000, 2000, 4000, 8000)}  # fmt: skip
-SAMPLES_PER_STEP = 32
 PROTOCOL = {"metric": METRIC, "margin": 0.02, "num_seeds": 8, "matching": "data", "contrasts": {}}
 
 

@@ -11,6 +11,10 @@ SEEDS = {"smoke": 1, "scenes": 8, "accelerator": 64}
 STEPS = {"smoke": 20, "scenes": 500, "accelerator": 2000}
 REPLICATES = 8
 """Models that are trained in one step and share their order of data; each group of them has its own (our choice)."""
+SAMPLES_PER_STEP = 32
+"""About so many fit into 16 rows."""
+NEVER = 1e-9
+"""Weight of a source that is left out: of so many samples as are drawn here it gives none."""
 GATE = {"metric": "accuracy/scenes", "chance": 0.292, "low": 0.4, "high": 0.7}
 
 

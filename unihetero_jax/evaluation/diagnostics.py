@@ -41,14 +41,28 @@ Reader = Callable[[np.ndarray], Sequence[Mapping[str, str] | None]]
 def check_candidates(config: Config, tokenizer: Tokenizer) -> None:
     """Raises ValueError unless `eval.rollout_source` has `eval.rollout_candidates` usable records."""
     source, needed = config.eval.rollout_source, config.eval.rollout_candidates
-    opened = open_split(config, tokenizer, source, "val")
-    found = len(drawn_records(opened))
-    opened.close()
-    if found < needed:
+    if (found := _num_drawn_records(config, tokenizer)) < needed:
         raise ValueError(
             f"eval.rollout_source: {found} validation records of {source} ask for one image, eval.rollout_candidates "
             f"are {needed}; lower eval.rollout_candidates, or name another source (empty: no rollout)"
         )
+
+
+def check_judged(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises ValueError unless it has twice as many: as many again to fit the map to the judge on."""
+    source, needed = config.eval.rollout_source, config.eval.rollout_candidates
+    if (found := _num_drawn_records(config, tokenizer)) < 2 * needed:
+        raise ValueError(
+            f"eval.rollout_source: {found} validation records of {source} ask for one image; to measure "
+            f"eval.rollout_candidates = {needed} of them, as many others are needed to fit a map on"
+        )
+
+
+def _num_drawn_records(config: Config, tokenizer: Tokenizer) -> int:
+    opened = open_split(config, tokenizer, config.eval.rollout_source, "val")
+    found = len(drawn_records(opened))
+    opened.close()
+    return found
 
 
 def drawn_records(source: Source) -> np.ndarray:
@@ -96,13 +110,9 @@ def held_out_samples(config: Config, tokenizer: Tokenizer) -> tuple[list[PackedS
     Raises:
         ValueError: fewer than twice `eval.rollout_candidates` records ask for one image.
     """
-    source, needed = config.eval.rollout_source, config.eval.rollout_candidates
+    check_judged(config, tokenizer)
+    needed = config.eval.rollout_candidates
     stored = stored_drawn_records(config, tokenizer, needed + MAX_FIT_IMAGES)
-    if len(stored) < 2 * needed:
-        raise ValueError(
-            f"eval.rollout_source: {len(stored)} validation records of {source} ask for one image; to measure "
-            f"eval.rollout_candidates = {needed} of them, as many others are needed to fit a map on"
-        )
     samples = samples_of(config, tokenizer, stored)
     return samples[:needed], samples[needed:], hash_of(stored[:needed])
 

@@ -75,7 +75,7 @@ class Judge:
         own, of_run = self.config.model.encoder.patch_size, config.model.encoder.patch_size
         if own != of_run:
             raise ValueError(
-                f"--rollout-judge: reads patches of {own} pixels, the run of {of_run}; they see different visual "
+                f"the judge of rollouts reads patches of {own} pixels, the run of {of_run}; they see different visual "
                 "tokens, train a judge of the run's size"
             )
 

@@ -207,7 +207,7 @@ def check_mode(name: str, benchmark: Benchmark, mode: Mode) -> None:
         raise ValueError(f"{name}: {most} options, more than there are letters; take --mode=likelihood")
 
 
-def stem_of(name: str, step: int, mode: Mode, replicate: int = 0) -> str:
+def stem_of(name: str, step: int, mode: Mode = "likelihood", replicate: int = 0) -> str:
     """Name of a result's files, without suffix."""
     of_mode = "" if mode == "likelihood" else f"-{mode}"
     of_replicate = f"-replicate{replicate}" if replicate else ""
