@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"model.unihetero", "objectives", "data.mixture", "checkpoint", "roofline", "hf_weights"},
     {
         "verdicts", "inference", "pretrained", "step", "gradient_table",
-        "reporting", "data_stats", "stored_steps", "export", "figures",
+        "reporting", "data_stats", "stored_steps", "export", "figures", "job_array",
     },
     {"train", "evaluation", "scaling", "claims", "compile_ahead", "explain", "hf_import", "hf_export"},
     {"loaded_run"},

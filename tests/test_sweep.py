@@ -9,10 +9,11 @@ import subprocess
 import jax
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import tiny_overrides
 
 from experiments import quickstart
-from unihetero_jax import claims, preregistration, sweep, sweep_plan
+from unihetero_jax import claims, job_array, preregistration, sweep, sweep_plan
 from unihetero_jax.cli import main
 from unihetero_jax.command_line import with_overrides
 from unihetero_jax.config import to_dict
@@ -152,11 +153,51 @@ def test_a_dry_run_does_nothing_and_an_array_gets_its_flags(sweep_file, tmp_path
     assert main([*command, "--launcher=slurm"]) == 0
     lines = (tmp_path / "w" / "overrides.txt").read_text().splitlines()
     assert len(lines) == 2 and "sbatch --array=0-1" in capsys.readouterr().out
+    assert main([*command, "--launcher=jobset"]) == 0
+    assert f"kubectl apply -f {tmp_path / 'w' / 'jobset_array.yaml'}" in capsys.readouterr().out
     arm = sweep_plan.plan_file(f"{sweep_file}:smoke")[1]
     assert lines[1].split()[0] == f"--workdir={tmp_path / 'w' / 'runs' / arm.name}"
     assert {"--config.objective=understanding", "--config.train.num_steps=2"} <= set(lines[0].split())
     started = main(["train", f"--config={tmp_path / 'base.py'}", *lines[1].split()])
     assert started == 0 and sweep.is_finished(arm, tmp_path / "w" / "runs" / arm.name), "as an array would start it"
+
+
+def test_an_array_is_submitted_once_it_can_be(sweep_file, tmp_path, capsys, monkeypatch, refused):
+    """`sbatch` is a stand-in that notes its arguments: there is no queue here."""
+    command = ["sweep", f"--sweep={sweep_file}:smoke", f"--workdir={tmp_path / 'w'}", "--submit"]
+    assert "--submit is for --launcher=slurm or jobset" in refused(*command)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert "there is no sbatch on this machine; submit it where that works: sbatch" in refused(
+        *command, "--launcher=slurm"
+    )
+    program = tmp_path / "bin" / "sbatch"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/noted\necho "Submitted batch job 7"\n')
+    program.chmod(0o755)
+    assert main([*command, "--launcher=slurm"]) == 0
+    assert "Submitted batch job 7" in capsys.readouterr().out
+    noted = (tmp_path / "noted").read_text().split()
+    assert noted[0] == "--array=0-1" and noted[-2:] == ["train", f"--config={tmp_path / 'base.py'}"]
+    assert f"--export=ALL,OVERRIDES={tmp_path / 'w' / 'overrides.txt'}" in noted
+    program.write_text("#!/bin/sh\necho no partition gpu >&2\nexit 3\n")
+    assert "sbatch exited with 3: no partition gpu" in refused(*command, "--launcher=slurm")
+
+
+def test_a_job_set_differs_from_its_template_by_what_the_sweep_says(tmp_path):
+    folder = tmp_path / "Claim_1.x"
+    folder.mkdir()
+    job_array.write_array("jobset", ["--workdir=a", "--workdir=b", "--workdir=c"], "experiments/x.py", folder)
+    found, template = (
+        yaml.safe_load(path.read_text())
+        for path in (folder / "jobset_array.yaml", job_array.TEMPLATES / "jobset_array.yaml")
+    )
+    assert found["metadata"].pop("name") == "unihetero-claim-1-x" and template["metadata"].pop("name")
+    jobs = [one["spec"]["replicatedJobs"][0]["template"]["spec"] for one in (found, template)]
+    assert [jobs[0].pop(name) for name in ("completions", "maxFailedIndexes")] == [3, 3]
+    del jobs[1]["completions"], jobs[1]["maxFailedIndexes"]
+    scripts = [job["template"]["spec"]["containers"][0].pop("args")[0] for job in jobs]
+    assert f"overrides.sh {folder / 'overrides.txt'} " in scripts[0] and "--config=experiments/x.py" in scripts[0]
+    assert found == template and len(scripts[0].splitlines()) == len(scripts[1].splitlines())
 
 
 @pytest.mark.parametrize(

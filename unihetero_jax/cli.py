@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ from unihetero_jax import (
     distributed,
     explain,
     export,
+    job_array,
     preregistration,
     report,
     run_report,
@@ -202,8 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     sweeps.add_argument(
         "--launcher", choices=("local", "slurm", "jobset"), default="local",
-        help="local: here, one after another; else write the flags of the missing runs for an array",
+        help="local: here, one after another; else an array of the missing runs, and the command that submits it",
     )  # fmt: skip
+    sweeps.add_argument("--submit", action="store_true", help="with --launcher=slurm or jobset: also submit the array")
     sweeps.set_defaults(command=_sweep)
 
     generates = commands.add_parser("generate", allow_abbrev=False, help="continue a prompt, with or without an image")
@@ -361,6 +364,8 @@ def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:
         raise ValueError(f"{overrides[0]}: a sweep file says all fields itself; change it, or leave --sweep out")
     planned = sweep_plan.plan_file(flags.sweep) if flags.sweep else sweep_plan.plan_product(flags.config, overrides)
     workdir = Path(flags.workdir)
+    if flags.submit and flags.launcher == "local":
+        raise ValueError("--submit is for --launcher=slurm or jobset; name one, or leave --submit out")
     if flags.pilot and not flags.dry_run:
         raise ValueError(f"--pilot={flags.pilot} is for --dry-run, which trains nothing; add it, or leave --pilot out")
     protocol = sweep_plan.protocol_of(flags.sweep, planned) if flags.sweep else None
@@ -373,7 +378,7 @@ def _sweep(flags: argparse.Namespace, overrides: list[str]) -> int:
     if flags.sweep:
         preregistration.register(flags.sweep, planned, workdir)
     if flags.launcher != "local":
-        _write_array(flags, planned, workdir)
+        _launch(flags, planned, workdir)
         return 0
     counts = sweep.execute(planned, workdir)
     print(f"{len(planned)} runs: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
@@ -392,23 +397,16 @@ def _power(pilot: str, protocol: claims.Protocol | None) -> str:
     return claims.format_pilot(claims.read_pilot(claims.read_table(Path(pilot)), protocol), protocol)
 
 
-def _write_array(flags: argparse.Namespace, planned: list[sweep_plan.Planned], workdir: Path) -> None:
-    """The flags of the missing runs, a line each, and how they are started; nothing is submitted."""
+def _launch(flags: argparse.Namespace, planned: list[sweep_plan.Planned], workdir: Path) -> None:
+    """The missing runs as an array: written, and submitted if asked for."""
     base = sweep_plan.base_of(flags.sweep) if flags.sweep else flags.config
     lines = sweep.override_lines(planned, load_experiment(base), workdir)
-    path = workdir / "overrides.txt"
-    path.write_text("\n".join(lines) + "\n")
-    print(f"{len(lines)} runs are missing: {path}, for --config={base}")
-    if flags.launcher == "slurm":
-        print(
-            f"sbatch --array=0-{len(lines) - 1} --nodes=1 --ntasks-per-node=1 --gpus-per-node=1 "
-            f"--export=ALL,OVERRIDES={path} experiments/launch/train.slurm train --config={base}"
-        )
-    else:
-        print(
-            f"in experiments/launch/jobset_array.yaml: completions: {len(lines)}, OVERRIDES={path}, "
-            f"train --config={base}; then kubectl apply"
-        )
+    if not lines:
+        print(f"no run of {workdir} is missing")
+        return
+    command = job_array.write_array(flags.launcher, lines, base, workdir)
+    print(f"{len(lines)} runs are missing: {workdir / job_array.OVERRIDES}, for --config={base}")
+    print(job_array.submit(command) if flags.submit else shlex.join(command))
     print("afterwards the same sweep command without --launcher writes the table")
 
 
