@@ -1,6 +1,9 @@
 """The page of a run, from files that were written by hand: what is there is shown, and what is not is said."""
 
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
 from PIL import Image
@@ -80,6 +83,46 @@ def test_the_command_draws_one_run_over_another_and_lists_their_differences(tmp_
     assert ["seed: 0 -> 7"] in page.rows
     found = {tuple(row[:2]): row[4] for row in page.rows if len(row) == 8}
     assert found["scenes", "this run"] == "0.800" and found["scenes", "against"] == "0.600"
+
+
+def test_curves_of_a_sweep_are_means_over_the_runs_of_an_arm(tmp_path, monkeypatch):
+    for arm, seed in (("a-b", 0), ("a-b", 1), ("c", 0)):
+        write_run(tmp_path / "runs" / f"{arm}-{seed}-abc")
+    path = tmp_path / "runs" / "a-b-1-abc" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()][:1]
+    lines[0]["terms"]["text"]["mean"] += 1.0
+    path.write_text(json.dumps(lines[0]) + "\n")
+    drawn = {}
+    monkeypatch.setattr(run_report, "_curves", lambda title, curves, _: drawn.setdefault(title, curves) and "")
+    run_report.curves_of_sweep(tmp_path)
+    assert drawn == {"text": {"a-b": [(10, 4.5)], "c": [(10, 4.0), (20, 3.0)]}}
+    assert run_report.curves_of_sweep(tmp_path / "nowhere") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed (Debian: apt install chromium)")
+def test_a_browser_shows_every_figure_and_complains_of_nothing(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert main(["report", f"--workdir={folder}"]) == 0
+    page = (folder / "report.html").read_text()
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000", "--enable-logging=stderr"]
+    # The page's own policy forbids scripts, so what was decoded is asked for in a copy without it.
+    (tmp_path / "free.html").write_text(
+        page.replace('http-equiv="Content-Security-Policy"', 'name="x"').replace(
+            "</body>",
+            "<script>document.title = [...document.images].map(i => i.naturalWidth).join()</script></body>",
+        )
+    )
+    shown = {}
+    for path in (folder / "report.html", tmp_path / "free.html"):
+        ended = subprocess.run(
+            ["chromium", *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        )
+        assert "CONSOLE" not in ended.stderr, ended.stderr
+        shown[path.name] = ended.stdout
+    assert "Failure signatures" in shown["report.html"]
+    widths = re.search("<title>([0-9,]*)</title>", shown["free.html"])[1].split(",")
+    assert len(widths) == 3 and all(int(width) > 0 for width in widths)
 
 
 @pytest.mark.parametrize("content", [None, ""])

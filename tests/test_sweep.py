@@ -415,6 +415,7 @@ SHIPPED = {
     "mixture": {"smoke": 11, "scenes": 11, "accelerator": 88},
     "model_scaling": {"smoke": 10, "scenes": 30, "accelerator": 240},
     "split_branch": {"smoke": 5, "scenes": 5, "accelerator": 40},
+    "tuning": {"smoke": 36, "scenes": 36, "accelerator": 72},
     "unified_vs_separate": {"smoke": 5, "scenes": 5, "accelerator": 40},
 }  # fmt: skip
 
@@ -422,12 +423,14 @@ SHIPPED = {
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_shipped_sweeps_plan_runs_that_are_valid_match_and_can_be_judged(name):
     path = f"experiments/sweeps/{name}.py"
+    num_seeds = {"smoke": 1, "pilot": 16, "scenes": 8, "accelerator": 64}
+    num_seeds |= {"scenes": 2, "accelerator": 16} if name == "tuning" else {}
     for scale, num_runs in SHIPPED[name].items():
         planned = sweep_plan.plan_file(f"{path}:{scale}")
         assert len(planned) == num_runs and len({one.name for one in planned}) == num_runs, scale
         protocol = sweep_plan.protocol_of(path, planned)
         assert protocol is not None
-        assert protocol.num_seeds == {"smoke": 1, "pilot": 16, "scenes": 8, "accelerator": 64}[scale.partition("-")[0]]
+        assert protocol.num_seeds == num_seeds[scale.partition("-")[0]]
         preregistration.check_matching(planned, protocol)
         in_contrasts = {one for arm, baselines in protocol.contrasts.values() for one in (arm, *baselines)}
         assert scale == "pilot" or in_contrasts <= {one.arm for one in planned}, scale

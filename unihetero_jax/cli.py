@@ -352,7 +352,8 @@ def _report_sweep(flags: argparse.Namespace, results: Path) -> None:
         Path(flags.output or results.with_name("report.html")),
         flags.title or f"Sweep {results.parent.name}",
     )
-    output.write_text(report.render(found, registered, findings, gate, title, unjudged))
+    training = run_report.curves_of_sweep(results.parent)
+    output.write_text(report.render(found, registered, findings, gate, title, unjudged, training))
     print(f"see {output}")
 
 

@@ -14,8 +14,8 @@ ACCUMULATION = "error accumulation over long sequences"
 GENERALISATION = "generalisation across data kinds"
 MAX_HELDOUT_LOSS = 0.05
 """Accuracy that may be lost on kinds of data that were held out."""
-MAX_REMAINING_GAIN = 0.05
-"""What the law's last doubling of data may still gain, as a share of the loss; less is a curve that has flattened."""
+MIN_GAIN = 0.05
+"""Share of the loss that the last step up in data has to take away; less is a curve that has flattened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ def of_understanding_curve(sizes: Sequence[float], losses: Sequence[float]) -> S
     return Signature(
         SCALING,
         f"from {sizes[-2]:,.0f} to {sizes[-1]:,.0f} pairs the loss falls by {gain:.1%}",
-        f"less than {MAX_REMAINING_GAIN:.0%}",
-        gain < MAX_REMAINING_GAIN,
+        f"less than {MIN_GAIN:.0%}",
+        gain < MIN_GAIN,
     )
 
 

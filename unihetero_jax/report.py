@@ -38,7 +38,13 @@ _OTHER_COLOR, _WITHHELD = "#b3261e", "#c9ced6"
 
 
 def render(
-    results: Table, registered: Registered, findings: Sequence[Finding], gate: str, title: str, unjudged: str = ""
+    results: Table,
+    registered: Registered,
+    findings: Sequence[Finding],
+    gate: str,
+    title: str,
+    unjudged: str = "",
+    training: str = "",
 ) -> str:
     """The page.
 
@@ -49,6 +55,7 @@ def render(
         gate: from `claims.missed_gate`.
         title: what the page is called.
         unjudged: why there are no findings.
+        training: HTML of what the runs logged while they trained, from `run_report.curves_of_sweep`.
     """
     withheld = why_withheld(findings, registered, gate)
     parts = [
@@ -62,6 +69,8 @@ def render(
         parts.append(section("Over data", "curves", _curves(curves, registered.protocol.metric)))
     if budgets := budgets_of(results, registered.protocol.metric):
         parts.append(section("Over model size", "sizes", _sizes(budgets, registered.protocol.metric)))
+    if training:
+        parts.append(section("Training", "training", training))
     parts.append(section("Runs", "runs", _runs(results, registered)))
     parts.append(section("How to read this", "reading", _READING))
     return page(title, "\n".join(parts))
@@ -194,7 +203,8 @@ def _of_kinds(results: Table) -> Signature:
 
 
 def _arms(results: Table, registered: Registered) -> str:
-    metrics = [name for first in SHOWN_FIRST for name in results if name.partition("/")[0] == first]
+    shown = [name for first in SHOWN_FIRST for name in results if name.partition("/")[0] == first]
+    metrics = [name for name in dict.fromkeys([registered.protocol.metric, *shown]) if name in results]
     arms = list(dict.fromkeys(arm for name in metrics for arm in results[name]))
     rows = []
     for arm in arms:

@@ -6,6 +6,7 @@ over the first (`--against`).
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -149,8 +150,8 @@ def _losses_by_source(run: _Stored, reference: _Stored | None) -> str:
     return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
 
 
-def _in_training(line: Mapping[str, Any], term: str) -> Any:
-    return line["terms"].get(term, {}).get("mean")
+def _in_training(line: Mapping[str, Any], term: str, of: str = "terms") -> Any:
+    return line.get(of, {}).get(term, {}).get("mean")
 
 
 def _held_out(line: Mapping[str, Any], source: str, term: str) -> Any:
@@ -165,7 +166,7 @@ def _points(lines: Sequence[Mapping[str, Any]], read: Callable[..., Any]) -> lis
 
 def _curves(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], description: str) -> str:
     figure, axes = new_figure(3.8, 2.6)
-    for (name, points), style in zip(curves.items(), ("-", "--"), strict=False):
+    for (name, points), style in zip(curves.items(), itertools.cycle(("-", "--")), strict=False):
         if points:
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, style, label=name, linewidth=1.2, marker="." if len(points) < 9 else "")
@@ -175,6 +176,37 @@ def _curves(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], descr
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=7)
     return image_of(figure, description)
+
+
+def curves_of_sweep(workdir: epath.PathLike) -> str:
+    """Losses of all arms over the steps, a figure for each loss and source, HTML; means over an arm's runs.
+
+    Of a sweep whose runs are no longer there, nothing.
+    """
+    by_arm: dict[str, list[list[dict[str, Any]]]] = {}
+    for folder in list_folder(to_path(workdir) / "runs"):
+        lines = read_metrics(folder) if (folder / METRICS_NAME).exists() else []
+        if lines:
+            by_arm.setdefault(folder.name.rsplit("-", 2)[0], []).append(lines)
+    runs = [lines for of_arm in by_arm.values() for lines in of_arm]
+    readers = {term: functools.partial(_in_training, term=term) for term in TERMS}
+    sources = dict.fromkeys(source for lines in runs for source in lines[-1].get("text_by_source", {}))
+    readers |= {
+        f"text, {source}": functools.partial(_in_training, term=source, of="text_by_source") for source in sources
+    }
+    figures = []
+    for name, read in readers.items():
+        curves = {arm: _mean_points([_points(lines, read) for lines in of_arm]) for arm, of_arm in by_arm.items()}
+        if drawn := {arm: points for arm, points in curves.items() if points}:
+            figures.append(_curves(name.replace("_", " "), drawn, f"{name} of every arm over the steps"))
+    return f'<div class="charts">{"".join(figures)}</div>' if figures else ""
+
+
+def _mean_points(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """At the steps that all curves have."""
+    tables = [dict(points) for points in curves]
+    steps = sorted(set.intersection(*(set(one) for one in tables)))
+    return [(step, float(np.mean([one[step] for one in tables]))) for step in steps]
 
 
 # ---------------------------------------------------------------- tables
