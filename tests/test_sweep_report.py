@@ -76,6 +76,33 @@ def test_the_page_has_every_contrast_arm_and_run():
     assert not page.tags & {"script", "iframe", "link"}
 
 
+def test_failure_signatures_are_those_that_were_planted():
+    """A pixel arm that harms, a curve of understanding that flattens at its end, rollouts of the contrast's arm."""
+    table = table_of({"pixel_through": -0.1})
+    for size, loss in ((100, 0.8), (200, 0.6), (400, 0.59)):
+        table["answer_nll"][f"understanding@{size}"] = {seed: loss + seed / 1000 for seed in range(SEEDS)}
+    planted = {"control": (0.5, 1.0), "pixel_through": (0.01, 60.0)}
+    table["rollout_error/growth"] = {
+        arm: {seed: growth + 0.001 * (-1) ** seed for seed in range(SEEDS)} for arm, (growth, _) in planted.items()
+    }
+    for name, values in (("horizon", [horizon for _, horizon in planted.values()]), ("num_positions", [64.0, 64.0])):
+        table[f"rollout_error/{name}"] = {
+            arm: dict.fromkeys(range(SEEDS), value) for arm, value in zip(planted, values, strict=True)
+        }
+    table["accuracy/q"] = {"base": {0: 0.8}}
+    table["accuracy/q_heldout"] = {"base": {0: 0.79}}
+    found = {row[0]: row[1:] for row in page_of(table, registered(("pixel_through",))).rows if len(row) == 4}
+    effect, threshold, shows = found["understanding under pixel-level generation"]
+    assert effect.startswith("effect -0.09") and threshold == "interval below -0.02" and shows == "shows"
+    assert found["scaling of understanding-only data"] == [
+        "from 200 to 400 pairs the loss falls by 1.7%", "less than 5%", "shows",
+    ]  # fmt: skip
+    grows, _, shows = found["error accumulation over long sequences"]
+    assert grows.startswith("pixel_through: error grows by 0.0100 (0.0091 to 0.0109)") and shows == "shows"
+    assert "after 60 of 64 positions" in grows
+    assert found["generalisation across data kinds"][2] == "does not show"
+
+
 def test_the_best_model_size_of_each_budget_is_where_it_was_planted():
     """Parabolas in the logarithm of the size: one with its vertex among the sizes, one beyond, one without."""
     sizes = {f"d{width}": float(1e5 * 4**number) for number, width in enumerate((32, 64, 128, 256))}

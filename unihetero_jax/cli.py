@@ -52,6 +52,7 @@ from unihetero_jax.storage import StorageError, read_bytes, to_path
 from unihetero_jax.train import Interrupted
 from unihetero_jax.train_run import run_training
 from unihetero_jax.watchdog import EXIT_STALLED
+from unihetero_jax.workdir import write_atomically
 
 EXIT_BAD_INPUT = 2
 """Exit code when the message says what to change; an interrupted run exits with 128 + the signal's number."""
@@ -325,14 +326,15 @@ def _verify_claims(flags: argparse.Namespace, overrides: list[str]) -> int:
 def _report(flags: argparse.Namespace, overrides: list[str]) -> None:
     if overrides:
         raise ValueError(f"{overrides[0]}: report takes no --config fields")
-    table = Path(flags.results or Path(flags.workdir) / sweep.RESULTS)
+    workdir = to_path(flags.workdir)
+    table = to_path(flags.results or workdir / sweep.RESULTS)
     if flags.results or table.exists():
         if flags.against:
             raise ValueError(f"--against={flags.against} is drawn over a run; a sweep's page has its own baselines")
-        _report_sweep(flags, table)
+        _report_sweep(flags, Path(table))
         return
-    output = Path(flags.output or Path(flags.workdir) / "report.html")
-    output.write_text(run_report.render_run(flags.workdir, flags.title or f"Run {flags.workdir}", flags.against))
+    output = to_path(flags.output or workdir / "report.html")
+    write_atomically(output, run_report.render_run(workdir, flags.title or f"Run {workdir}", flags.against))
     print(f"see {output}")
 
 

@@ -54,12 +54,12 @@ def of_understanding_curve(sizes: Sequence[float], losses: Sequence[float]) -> S
     )
 
 
-def of_rollouts(growth: Sequence[float], horizon: float, length: int) -> Signature:
+def of_rollouts(who: str, growth: Sequence[float], horizon: float, length: int) -> Signature:
     """From `evaluation/rollout_error.py`: growth with its interval, horizon, and how many positions there are."""
     estimate, low, high = growth
     return Signature(
         ACCUMULATION,
-        f"error grows by {estimate:.4f} ({low:.4f} to {high:.4f}) a position in logarithm; halfway to the mean "
+        f"{who}: error grows by {estimate:.4f} ({low:.4f} to {high:.4f}) a position in logarithm; halfway to the mean "
         f"embedding after {horizon:.0f} of {length} positions",
         "interval above 0 and horizon before the end",
         low > 0 and horizon < length,

@@ -156,7 +156,7 @@ def _signatures(results: Table, registered: Registered, findings: Sequence[Findi
     return [
         _of_pixels(findings, registered.protocol.margin),
         _of_understanding(curves_of(results, metric)),
-        _of_rollouts(results),
+        _of_rollouts(results, [arm for arm, _ in registered.protocol.contrasts.values()]),
         _of_kinds(results),
     ]
 
@@ -175,17 +175,18 @@ def _of_understanding(curves: Mapping[str, scaling.Curve]) -> Signature:
     return not_measured(failure_signatures.SCALING, "takes arms understanding@SIZE")
 
 
-def _of_rollouts(results: Table) -> Signature:
-    """Of the first arm whose rollouts were judged."""
-    for arm, growth in results.get("rollout_error/growth", {}).items():
+def _of_rollouts(results: Table, arms: Sequence[str]) -> Signature:
+    """Of the first arm of a contrast whose rollouts were judged."""
+    judged = results.get("rollout_error/growth", {})
+    for arm in (one for one in (*arms, *judged) if one in judged):
+        growth = judged[arm]
         horizon, length = (results[f"rollout_error/{name}"][arm] for name in ("horizon", "num_positions"))
         values = np.array(list(growth.values()))
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.inf
         half = special.stdtrit(max(len(values) - 1, 1), 0.975) * error
         interval = (values.mean(), values.mean() - half, values.mean() + half)
-        return failure_signatures.of_rollouts(
-            interval, float(np.mean(list(horizon.values()))), int(max(length.values()))
-        )
+        positions = float(np.mean(list(horizon.values()))), int(max(length.values()))
+        return failure_signatures.of_rollouts(arm, interval, *positions)
     return not_measured(failure_signatures.ACCUMULATION, "takes runs with eval.rollout_judge")
 
 

@@ -104,7 +104,7 @@ def _signatures(run: _Stored) -> Iterator[Signature]:
     if found := run.newest(ROLLOUT_ERROR):
         result = found[1]
         length = len(result["curves"]["free_running"])
-        yield failure_signatures.of_rollouts(result["growth"], result["horizon"][0], length)
+        yield failure_signatures.of_rollouts(run.lines[-1]["objective"], result["growth"], result["horizon"][0], length)
     else:
         yield not_measured(failure_signatures.ACCUMULATION, "evaluate --rollout-judge=RUN")
     newest = {result["benchmark"]: result["overall"]["accuracy"] for result in run.benchmarks()}
