@@ -1,7 +1,7 @@
 """The run that the arms of claim 3 vary: images of 64 visual tokens, imagined from captions that tell all of them.
 
 Command: `experiments/sweeps/claim3_target_space.py` has all of them.
-Expected: docs/claims.md has what was found of claim 3.
+Expected: nothing is claimed beforehand; it was not run at the scenes scale yet.
 
 The argument says how the shared, frozen encoder attends: `bidirectional`, or `causal`, where no embedding holds
 anything of later blocks. What all arms have in common besides (our choices): squared error on targets standardised per

@@ -48,7 +48,7 @@ def test_a_run_alone_shows_what_it_has_and_says_what_was_not_measured(tmp_path):
     folder = write_run(tmp_path / "run")
     page = text_of(run_report.render_run(folder, "A <run>"))
     rows = {row[0]: row[1:] for row in page.rows}
-    assert rows["scenes"] == ["this run", "20", "likelihood", "0.800", "0.020", "0.300", "0.5000"]
+    assert rows["scenes"] == ["this run", "20", "0", "likelihood", "0.800", "0.020", "0.300", "0.5000"]
     assert rows["qa"] == ["140", "2"] and rows["generation"] == ["60", "0"]
     assert rows["this run"] == ["0.25", "1,000", "2e+09", "0.125"]
     assert rows["generalisation across data kinds"][1:] == ["more than 0.05", "shows"]
@@ -75,13 +75,15 @@ def test_rollouts_that_depart_show_and_others_do_not(tmp_path):
     assert sum(image["alt"] == "drawn at step 20" for image in page.images) == run_report.MAX_DRAWN
 
 
-def test_the_command_draws_one_run_over_another_and_lists_their_differences(tmp_path, capsys):
+def test_the_command_draws_one_run_over_another_and_lists_their_differences(tmp_path, capsys, refused):
     run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other", accuracy=0.6, seed=7)
     assert main(["report", f"--workdir={run}", f"--against={other}"]) == 0
     assert f"see {run / 'report.html'}" in capsys.readouterr().out
     page = text_of((run / "report.html").read_text())
     assert ["seed: 0 -> 7"] in page.rows
-    found = {tuple(row[:2]): row[4] for row in page.rows if len(row) == 8}
+    found = {tuple(row[:2]): row[5] for row in page.rows if len(row) == 9}
+    assert "--against=nowhere: there is no metrics.jsonl" in refused("report", f"--workdir={run}", "--against=nowhere")
+    assert "is of a sweep" in refused("report", f"--workdir={run}", "--protocol=x.json")
     assert found["scenes", "this run"] == "0.800" and found["scenes", "against"] == "0.600"
 
 
@@ -94,9 +96,11 @@ def test_curves_of_a_sweep_are_means_over_the_runs_of_an_arm(tmp_path, monkeypat
     path.write_text(json.dumps(lines[0]) + "\n")
     drawn = {}
     monkeypatch.setattr(run_report, "_curves", lambda title, curves, _: drawn.setdefault(title, curves) and "")
-    run_report.curves_of_sweep(tmp_path)
+    write_run(tmp_path / "runs" / "c-0-stale")
+    names = {"a-b-0-abc", "a-b-1-abc", "c-0-abc"}
+    run_report.curves_of_sweep(tmp_path, names)
     assert drawn == {"text": {"a-b": [(10, 4.5)], "c": [(10, 4.0), (20, 3.0)]}}
-    assert run_report.curves_of_sweep(tmp_path / "nowhere") == ""
+    assert run_report.curves_of_sweep(tmp_path / "nowhere", names) == ""
 
 
 @pytest.mark.slow
@@ -130,4 +134,4 @@ def test_a_folder_without_a_run_says_so(tmp_path, refused, content):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     message = refused("report", f"--workdir={tmp_path}")
-    assert str(tmp_path) in message and ("name a run or a sweep" in message or "no line yet" in message)
+    assert str(tmp_path) in message and ("name the folder of a run" in message or "no line yet" in message)

@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 
 import jax
 import pyarrow.parquet as pq
@@ -15,8 +17,8 @@ from conftest import tiny_overrides
 from experiments import quickstart
 from unihetero_jax import claims, job_array, preregistration, sweep, sweep_plan
 from unihetero_jax.cli import main
-from unihetero_jax.command_line import with_overrides
-from unihetero_jax.config import to_dict
+from unihetero_jax.command_line import load_experiment, with_overrides
+from unihetero_jax.config import pixel_role, to_dict, visual_target
 from unihetero_jax.model.unihetero import init_params
 from unihetero_jax.reporting import collapse_alarms, has_collapsed
 from unihetero_jax.train import Interrupted
@@ -191,7 +193,10 @@ def test_a_job_set_differs_from_its_template_by_what_the_sweep_says(tmp_path):
         yaml.safe_load(path.read_text())
         for path in (folder / "jobset_array.yaml", job_array.TEMPLATES / "jobset_array.yaml")
     )
-    assert found["metadata"].pop("name") == "unihetero-claim-1-x" and template["metadata"].pop("name")
+    assert re.fullmatch("unihetero-claim-1-x-[0-9a-f]{6}", found["metadata"].pop("name"))
+    assert template["metadata"].pop("name")
+    with pytest.raises(ValueError, match="names no image of yours yet"):
+        job_array.submit(["kubectl", "apply", "-f", str(folder / "jobset_array.yaml")])
     jobs = [one["spec"]["replicatedJobs"][0]["template"]["spec"] for one in (found, template)]
     assert [jobs[0].pop(name) for name in ("completions", "maxFailedIndexes")] == [3, 3]
     del jobs[1]["completions"], jobs[1]["maxFailedIndexes"]
@@ -416,8 +421,19 @@ SHIPPED = {
     "model_scaling": {"smoke": 10, "scenes": 30, "accelerator": 240},
     "split_branch": {"smoke": 5, "scenes": 5, "accelerator": 40},
     "tuning": {"smoke": 36, "scenes": 36, "accelerator": 72},
-    "unified_vs_separate": {"smoke": 5, "scenes": 5, "accelerator": 40},
+    "unified_vs_separate": {"smoke": 6, "scenes": 6, "accelerator": 48},
 }  # fmt: skip
+
+
+def check_can_train(one):
+    """What predicts images is given some, and a course of shares is longer than a few windows."""
+    config = one.config
+    drawn = [source for source in config.data.sources.values() if source.weight > 1e-6]
+    if visual_target(config.objective) or pixel_role(config.objective):
+        assert any(source.path.endswith("generation") for source in drawn), one.name
+    if any(source.weight_schedule for source in config.data.sources.values()):
+        windows = config.data.planned_draws / config.data.num_data_shards / config.data.window_size
+        assert windows >= 10 or config.train.num_steps < 100, one.name
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -432,6 +448,9 @@ def test_the_shipped_sweeps_plan_runs_that_are_valid_match_and_can_be_judged(nam
         assert protocol is not None
         assert protocol.num_seeds == num_seeds[scale.partition("-")[0]]
         preregistration.check_matching(planned, protocol)
+        for one in planned:
+            check_can_train(one)
+        assert len(sweep.override_lines(planned, load_experiment(sweep_plan.base_of(path)), Path("runs"))) == num_runs
         in_contrasts = {one for arm, baselines in protocol.contrasts.values() for one in (arm, *baselines)}
         assert scale == "pilot" or in_contrasts <= {one.arm for one in planned}, scale
     with pytest.raises(ValueError, match="there are smoke"):

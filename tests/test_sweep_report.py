@@ -76,6 +76,15 @@ def test_the_page_has_every_contrast_arm_and_run():
     assert not page.tags & {"script", "iframe", "link"}
 
 
+def test_a_sweep_without_a_protocol_has_a_page_without_verdicts(tmp_path):
+    rows = "".join(f"a,{seed},{metric},0.5\n" for seed in range(2) for metric in ("accuracy/q", "held_out/qa/text"))
+    (tmp_path / "table.csv").write_text("arm,seed,metric,value\n" + rows)
+    assert main(["report", f"--results={tmp_path / 'table.csv'}"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "held_out/qa/text, the lower the better" in page and "the protocol has no contrasts" in page
+    assert "Margin" not in page and "by hand" not in page
+
+
 def test_failure_signatures_are_those_that_were_planted():
     """A pixel arm that harms, a curve of understanding that flattens at its end, rollouts of the contrast's arm."""
     table = table_of({"pixel_through": -0.1})
@@ -91,11 +100,17 @@ def test_failure_signatures_are_those_that_were_planted():
         }
     table["accuracy/q"] = {"base": {0: 0.8}}
     table["accuracy/q_heldout"] = {"base": {0: 0.79}}
-    found = {row[0]: row[1:] for row in page_of(table, registered(("pixel_through",))).rows if len(row) == 4}
+    table["answer_nll"]["understanding"] = table["answer_nll"].pop("base")
+    about = registered((), contrasts={"pixels help": ["pixel_through", "understanding"]})
+    found = {row[0]: row[1:] for row in page_of(table, about).rows if len(row) == 4}
     effect, threshold, shows = found["understanding under pixel-level generation"]
-    assert effect.startswith("effect -0.09") and threshold == "interval below -0.02" and shows == "shows"
+    assert (
+        effect.startswith("pixel_through against understanding: effect -0.09")
+        and threshold == "interval below -0.02"
+        and shows == "shows"
+    )
     assert found["scaling of understanding-only data"] == [
-        "from 200 to 400 pairs the loss falls by 1.7%", "less than 5%", "shows",
+        "understanding: from 200 to 400 the loss falls by 1.7% for each doubling", "less than 5%", "shows",
     ]  # fmt: skip
     grows, _, shows = found["error accumulation over long sequences"]
     assert grows.startswith("pixel_through: error grows by 0.0100 (0.0091 to 0.0109)") and shows == "shows"

@@ -133,7 +133,6 @@ def test_objectives_share_data_and_initialisation(usual, tiny_experiment, tmp_pa
         jax.tree.map(np.testing.assert_array_equal, ours[name], theirs[name])
 
 
-@pytest.mark.slow
 def test_replicates_run_end_to_end(usual, tiny_experiment, tmp_path):
     _, _, lines = usual
     state = run(tiny_experiment(train__num_replicates=2), tmp_path)

@@ -125,6 +125,13 @@ def read_protocol(path: Path) -> Registered:
     return Registered(parse_protocol(values, str(path)), about, voided)
 
 
+def without_protocol(table: Table) -> Registered:
+    """For the results of a sweep that decides nothing: a metric to show, and no contrasts."""
+    metric = min(table, key=lambda name: (not name.startswith(("answer_nll/", "held_out/")), name))
+    num_seeds = max(len(values) for values in table[metric].values())
+    return Registered(Protocol(metric=metric, margin=0.0, num_seeds=num_seeds, contrasts={}), {}, "")
+
+
 def parse_protocol(values: Mapping[str, Any], path: str) -> Protocol:
     """From plain values; `path` says where they come from.
 

@@ -333,16 +333,17 @@ def _report(flags: argparse.Namespace, overrides: list[str]) -> None:
             raise ValueError(f"--against={flags.against} is drawn over a run; a sweep's page has its own baselines")
         _report_sweep(flags, Path(table))
         return
+    if flags.protocol:
+        raise ValueError(f"--protocol={flags.protocol} is of a sweep, and {workdir} is a run; leave it out")
     output = to_path(flags.output or workdir / "report.html")
     write_atomically(output, run_report.render_run(workdir, flags.title or f"Run {workdir}", flags.against))
     print(f"see {output}")
 
 
 def _report_sweep(flags: argparse.Namespace, results: Path) -> None:
-    found, registered = (
-        claims.read_table(results),
-        claims.read_protocol(Path(flags.protocol or results.parent / "protocol.json")),
-    )
+    found, protocol = claims.read_table(results), results.parent / preregistration.PROTOCOL_FILE
+    has_none = not flags.protocol and not protocol.exists()
+    registered = claims.without_protocol(found) if has_none else claims.read_protocol(Path(flags.protocol or protocol))
     findings, gate, unjudged = [], "", ""
     try:
         findings = claims.verify(found, registered.protocol)
@@ -354,7 +355,8 @@ def _report_sweep(flags: argparse.Namespace, results: Path) -> None:
         Path(flags.output or results.with_name("report.html")),
         flags.title or f"Sweep {results.parent.name}",
     )
-    training = run_report.curves_of_sweep(results.parent)
+    is_sweeps = results.name == sweep.RESULTS
+    training = run_report.curves_of_sweep(results.parent, sweep.run_names(results)) if is_sweeps else ""
     output.write_text(report.render(found, registered, findings, gate, title, unjudged, training))
     print(f"see {output}")
 

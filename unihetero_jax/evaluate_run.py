@@ -290,7 +290,7 @@ def is_judged(config: Config) -> bool:
 
 
 def _roll_out(run: Run, folder: epath.Path, replicate: int) -> dict[str, Any]:
-    """Rollout retrieval: measured, judged, written to `rollout-<step>.json` and printed."""
+    """Rollout retrieval: measured, held against its alarm, written by the name `ROLLOUT` and printed."""
     config = run.config
     found = rollout_retrieval(config, run.params, run.tokenizer)
     alarms = ["rollout_retrieval"] if found["retrieval"] < config.diagnostics.retrieval_alarm else []
@@ -326,7 +326,7 @@ def _measure_drawings(run: Run, number: int, judge: Judge | None, folder: epath.
 
 
 def _measure_rollout_error(run: Run, judge: Judge, folder: epath.Path, replicate: int) -> None:
-    """Written to `rollout-error-<step>.json` and `.png`, and printed."""
+    """Written by the name `ROLLOUT_ERROR`, `.json` and `.png`, and printed."""
     result = rollout_error(run.config, run.params, run.tokenizer, judge, _reader(run.config))
     result |= {"objective": run.config.objective, "step": run.step, "config_hash": run.config_hash}
     announce(format_rollout_error(result))

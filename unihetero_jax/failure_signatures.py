@@ -4,6 +4,7 @@ What was not measured says so and how it is measured: an empty cell is no all-cl
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from unihetero_jax.html_page import table
@@ -15,7 +16,7 @@ GENERALISATION = "generalisation across data kinds"
 MAX_HELDOUT_LOSS = 0.05
 """Accuracy that may be lost on kinds of data that were held out."""
 MIN_GAIN = 0.05
-"""Share of the loss that the last step up in data has to take away; less is a curve that has flattened."""
+"""Share of the loss that a doubling of the data has to take away at the end; less is a curve that has flattened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,24 +34,25 @@ def not_measured(name: str, how: str) -> Signature:
     return Signature(name, f"not measured: {how}", "", None)
 
 
-def of_pixels(estimate: float, low: float, high: float, margin: float) -> Signature:
-    """From the contrast of a pixel objective with the better baseline; effects are positive where it helps."""
+def of_pixels(contrast: str, estimate: float, low: float, high: float, margin: float) -> Signature:
+    """From the contrast of a pixel objective with a baseline; effects are positive where it helps."""
     return Signature(
         UNDERSTANDING,
-        f"effect {estimate:.4f} ({low:.4f} to {high:.4f}) of an arm that draws pixels",
+        f"{contrast}: effect {estimate:.4f} ({low:.4f} to {high:.4f})",
         f"interval below {-margin:g}",
-        high < -margin,
+        _shows(high < -margin, low, high),
     )
 
 
-def of_understanding_curve(sizes: Sequence[float], losses: Sequence[float]) -> Signature:
-    """From mean losses of the understanding arm over sizes of data, ascending."""
-    gain = (losses[-2] - losses[-1]) / losses[-2]
+def of_understanding_curve(who: str, sizes: Sequence[float], losses: Sequence[float]) -> Signature:
+    """From mean losses of an understanding arm over sizes of data, ascending."""
+    doublings = math.log2(sizes[-1] / sizes[-2])
+    gain = 1 - (losses[-1] / losses[-2]) ** (1 / doublings)
     return Signature(
         SCALING,
-        f"from {sizes[-2]:,.0f} to {sizes[-1]:,.0f} pairs the loss falls by {gain:.1%}",
+        f"{who}: from {sizes[-2]:,.0f} to {sizes[-1]:,.0f} the loss falls by {gain:.1%} for each doubling",
         f"less than {MIN_GAIN:.0%}",
-        gain < MIN_GAIN,
+        _shows(gain < MIN_GAIN, gain),
     )
 
 
@@ -62,7 +64,7 @@ def of_rollouts(who: str, growth: Sequence[float], horizon: float, length: int) 
         f"{who}: error grows by {estimate:.4f} ({low:.4f} to {high:.4f}) a position in logarithm; halfway to the mean "
         f"embedding after {horizon:.0f} of {length} positions",
         "interval above 0 and horizon before the end",
-        low > 0 and horizon < length,
+        _shows(low > 0 and horizon < length, low, high, horizon),
     )
 
 
@@ -73,8 +75,13 @@ def of_kinds(benchmark: str, accuracy: float, heldout: str, heldout_accuracy: fl
         GENERALISATION,
         f"{benchmark} {accuracy:.3f}, {heldout} {heldout_accuracy:.3f}: {lost:.3f} lost",
         f"more than {MAX_HELDOUT_LOSS:g}",
-        lost > MAX_HELDOUT_LOSS,
+        _shows(lost > MAX_HELDOUT_LOSS, lost),
     )
+
+
+def _shows(shows: bool, *figures: float) -> bool | None:
+    """Nothing is said of figures that are not finite, such as the interval of one seed."""
+    return bool(shows) if all(map(math.isfinite, figures)) else None
 
 
 def signatures_table(signatures: Sequence[Signature]) -> str:

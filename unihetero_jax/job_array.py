@@ -5,6 +5,7 @@ its run, goes on where it was interrupted, and is queued again by the template. 
 node pool, is changed in the templates of experiments/launch.
 """
 
+import hashlib
 import re
 import shlex
 import subprocess
@@ -15,6 +16,8 @@ from typing import Literal
 TEMPLATES = Path("experiments/launch")
 JOBSET = TEMPLATES / "jobset_array.yaml"
 OVERRIDES = "overrides.txt"
+PLACEHOLDER = "PROJECT/REPOSITORY"
+"""In the image of the template, until a site has put its own there."""
 Launcher = Literal["slurm", "jobset"]
 
 
@@ -28,9 +31,14 @@ def write_array(launcher: Launcher, lines: Sequence[str], base: str, workdir: Pa
         workdir: of the sweep; elements on other machines read it at the same place.
 
     Raises:
-        ValueError: the manifest's template was changed so that it cannot be filled in; names what is missing.
+        ValueError: the folder's name has blanks or commas, or the manifest's template was changed so that it cannot be
+            filled in; names what is missing.
     """
     flags = workdir / OVERRIDES
+    if re.search(r"[\s,]", str(flags)):
+        raise ValueError(
+            f"--workdir={workdir}: an array cannot be told of a folder with blanks or commas; name another"
+        )
     flags.write_text("\n".join(lines) + "\n")
     if launcher == "slurm":
         return [
@@ -45,7 +53,9 @@ def write_array(launcher: Launcher, lines: Sequence[str], base: str, workdir: Pa
 
 
 def _filled_in(template: str, count: int, base: str, flags: Path, name: str) -> str:
-    kubernetes_name = re.sub(r"[^a-z0-9]+", "-", f"unihetero-{name}".lower()).strip("-")
+    # Of its own for each set of missing runs: what a set has to do cannot be changed once it was submitted.
+    digest = hashlib.blake2b(flags.read_bytes(), digest_size=3).hexdigest()
+    kubernetes_name = re.sub(r"[^a-z0-9]+", "-", f"unihetero-{name}-{digest}".lower()).strip("-")
     for old, new in {
         "name: unihetero-array": f"name: {kubernetes_name}",
         "completions: 4 ": f"completions: {count} ",
@@ -63,8 +73,11 @@ def submit(command: Sequence[str]) -> str:
     """Runs what `write_array` returned; what it printed.
 
     Raises:
-        ValueError: the command is not installed here, or refused the job; says how to do it by hand.
+        ValueError: the template's image is not filled in, or the command is not installed here or refused the job;
+            says what to do.
     """
+    if command[0] == "kubectl" and PLACEHOLDER in Path(command[-1]).read_text():
+        raise ValueError(f"--submit: {JOBSET} names no image of yours yet ({PLACEHOLDER}); write it there first")
     by_hand = f"; submit it where that works: {shlex.join(command)}"
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False)

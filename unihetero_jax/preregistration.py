@@ -13,6 +13,7 @@ from typing import Any
 from unihetero_jax.checkpoint import valid_step
 from unihetero_jax.claims import Matching, Protocol
 from unihetero_jax.config import Config, to_dict
+from unihetero_jax.evaluate_run import is_judged
 from unihetero_jax.metrics import announce
 from unihetero_jax.sweep_plan import Planned, flat_fields, path_of, protocol_of, run_flops, trained_parameters
 from unihetero_jax.workdir import write_atomically
@@ -65,11 +66,11 @@ def _starting_points(planned: Sequence[Planned]) -> dict[str, str]:
     """{workdir: digest of the stored step} of every run that another one starts from, or is judged by."""
     found = {}
     begun = {(one.config.init_from.workdir, one.config.init_from.step) for one in planned}
-    judges = {(one.config.eval.rollout_judge, -1) for one in planned}
+    judges = {(one.config.eval.rollout_judge, -1) for one in planned if is_judged(one.config)}
     for workdir, step in begun | judges:
         if not workdir:
             continue
-        folder = valid_step(Path(workdir), None if step < 0 else step)
+        folder = valid_step(workdir, None if step < 0 else step)
         found[workdir] = hashlib.blake2b((folder / "manifest.json").read_bytes(), digest_size=8).hexdigest()
     return found
 

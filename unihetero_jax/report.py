@@ -62,7 +62,9 @@ def render(
         f"<h1>{escaped(title)}</h1>",
         _facts(registered, findings),
         section("Verdicts", "verdicts", _verdicts(findings, registered, withheld, unjudged)),
-        section("Failure signatures", "signatures", signatures_table(_signatures(results, registered, findings))),
+        section(
+            "Failure signatures", "signatures", signatures_table(_signatures(results, registered, findings, withheld))
+        ),
         section("Arms", "arms", _arms(results, registered)),
     ]
     if curves := curves_of(results, registered.protocol.metric):
@@ -98,10 +100,15 @@ def _facts(registered: Registered, findings: Sequence[Finding]) -> str:
     protocol, about = registered.protocol, registered.about
     rows = {
         "Metric": f"{protocol.metric}, the lower the better",
-        "Margin": f"{protocol.margin:g}",
-        "Seeds": f"{protocol.num_seeds} planned, {min((one.contrast.num_seeds for one in findings), default=0)} run",
+        "Margin": f"{protocol.margin:g}" if protocol.contrasts else "",
+        "Seeds": f"{protocol.num_seeds} planned"
+        + (f", {min(one.contrast.num_seeds for one in findings)} run" if findings else ""),
         "Matching": protocol.matching,
-        "Registered": f"{about['file']} ({about['digest']}) on {about['date']}" if about else "by hand",
+        "Registered": f"{about['file']} ({about['digest']}) on {about['date']}"
+        if about
+        else "by hand"
+        if protocol.contrasts
+        else "",
         "Commit": about.get("commit", ""),
     }
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escaped(text)}</dd>" for name, text in rows.items() if text) + "</dl>"
@@ -151,36 +158,44 @@ def _forest(findings: Sequence[Finding], margin: float, is_withheld: bool) -> st
 # ---------------------------------------------------------------- failure signatures
 
 
-def _signatures(results: Table, registered: Registered, findings: Sequence[Finding]) -> list[Signature]:
+def _signatures(
+    results: Table, registered: Registered, findings: Sequence[Finding], withheld: Sequence[str]
+) -> list[Signature]:
     metric = registered.protocol.metric
     return [
-        _of_pixels(findings, registered.protocol.margin),
+        _of_pixels(findings, registered.protocol.margin, withheld),
         _of_understanding(curves_of(results, metric)),
         _of_rollouts(results, [arm for arm, _ in registered.protocol.contrasts.values()]),
         _of_kinds(results),
     ]
 
 
-def _of_pixels(findings: Sequence[Finding], margin: float) -> Signature:
+def _of_pixels(findings: Sequence[Finding], margin: float, withheld: Sequence[str]) -> Signature:
+    """Of the first contrast of a pixel arm with an understanding one."""
     for one in findings:
-        if one.arm.startswith("pixel_") and one.role in CLAIMS:
-            return failure_signatures.of_pixels(one.contrast.estimate, one.contrast.low, one.contrast.high, margin)
-    return not_measured(failure_signatures.UNDERSTANDING, "takes a contrast of an arm pixel_...")
+        if one.arm.startswith("pixel_") and one.baseline.startswith("understanding") and one.role in CLAIMS:
+            if withheld:
+                return not_measured(failure_signatures.UNDERSTANDING, "the verdicts are withheld")
+            own = one.contrast
+            return failure_signatures.of_pixels(
+                f"{one.arm} against {one.baseline}", own.estimate, own.low, own.high, margin
+            )
+    return not_measured(failure_signatures.UNDERSTANDING, "takes a contrast of an arm pixel_... with understanding")
 
 
 def _of_understanding(curves: Mapping[str, scaling.Curve]) -> Signature:
     for name, curve in curves.items():
         if name.startswith("understanding"):
-            return failure_signatures.of_understanding_curve(curve.sizes.tolist(), curve.losses.mean(axis=1).tolist())
+            losses = curve.losses.mean(axis=1).tolist()
+            return failure_signatures.of_understanding_curve(name, curve.sizes.tolist(), losses)
     return not_measured(failure_signatures.SCALING, "takes arms understanding@SIZE")
 
 
 def _of_rollouts(results: Table, arms: Sequence[str]) -> Signature:
     """Of the first arm of a contrast whose rollouts were judged."""
-    judged = results.get("rollout_error/growth", {})
-    for arm in (one for one in (*arms, *judged) if one in judged):
-        growth = judged[arm]
-        horizon, length = (results[f"rollout_error/{name}"][arm] for name in ("horizon", "num_positions"))
+    judged = [results.get(f"rollout_error/{name}", {}) for name in ("growth", "horizon", "num_positions")]
+    for arm in (one for one in (*arms, *judged[0]) if all(one in of_arms for of_arms in judged)):
+        growth, horizon, length = (of_arms[arm] for of_arms in judged)
         values = np.array(list(growth.values()))
         error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.inf
         half = special.stdtrit(max(len(values) - 1, 1), 0.975) * error
@@ -196,7 +211,7 @@ def _of_kinds(results: Table) -> Signature:
         twin = results.get(f"{name}_heldout")
         if name.startswith("accuracy/") and twin:
             accuracy, heldout = (np.mean([v for own in one.values() for v in own.values()]) for one in (by_arm, twin))
-            return failure_signatures.of_kinds(name, float(accuracy), f"{name}_heldout", float(heldout))
+            return failure_signatures.of_kinds(f"{name} over all arms", float(accuracy), "held out", float(heldout))
     return not_measured(failure_signatures.GENERALISATION, "takes benchmarks NAME and NAME_heldout")
 
 
@@ -313,13 +328,20 @@ def _curves(curves: Mapping[str, scaling.Curve], metric: str) -> str:
 
 
 def budgets_of(results: Table, metric: str) -> dict[tuple[str, int], dict[float, float]]:
-    """{(name, GFLOP): {trained parameters: mean of the metric}} of arms written NAME@GFLOP-SIZE."""
-    found: dict[tuple[str, int], dict[float, float]] = {}
+    """{(name, GFLOP): {trained parameters: mean of the metric}} of arms written NAME@100GFLOP-SIZE, over the seeds that
+    all sizes of a budget have.
+    """
+    by_budget: dict[tuple[str, int], dict[float, Mapping[int, float]]] = {}
     for arm, values in results.get(metric, {}).items():
         parameters = results.get("parameters", {}).get(arm)
         if parameters and (match := BUDGET.fullmatch(arm)):
             size = float(np.mean(list(parameters.values())))
-            found.setdefault((match[1], int(match[2])), {})[size] = float(np.mean(list(values.values())))
+            by_budget.setdefault((match[1], int(match[2])), {})[size] = values
+    found = {}
+    for key, by_size in by_budget.items():
+        seeds = set.intersection(*(set(values) for values in by_size.values()))
+        if seeds:
+            found[key] = {size: float(np.mean([values[seed] for seed in seeds])) for size, values in by_size.items()}
     return found
 
 

@@ -6,9 +6,8 @@ over the first (`--against`).
 """
 
 import functools
-import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,13 @@ TERMS = ("text", "visual", "pixel", "within_spread", "across_spread", "copy_prev
 class _Stored:
     """What a run has written."""
 
-    def __init__(self, workdir: epath.PathLike):
+    def __init__(self, workdir: epath.PathLike, flag: str):
         self.workdir = to_path(workdir)
         if not (self.workdir / METRICS_NAME).exists():
-            raise ValueError(f"--workdir={workdir}: no {METRICS_NAME} and no results.parquet; name a run or a sweep")
+            raise ValueError(f"--{flag}={workdir}: there is no {METRICS_NAME}; name the folder of a run or of a sweep")
         self.lines = read_metrics(self.workdir)
         if not self.lines:
-            raise ValueError(f"--workdir={workdir}: {METRICS_NAME} has no line yet; wait until the run has logged one")
+            raise ValueError(f"--{flag}={workdir}: {METRICS_NAME} has no line yet; wait until the run has logged one")
         self.config = json.loads(read_bytes(self.workdir / "config.json"))
         folder = self.workdir / "eval"
         self.results = {
@@ -48,7 +47,7 @@ class _Stored:
     def benchmarks(self) -> list[dict[str, Any]]:
         """Results with accuracies, by benchmark and step."""
         found = [result for result in self.results.values() if "benchmark" in result]
-        return sorted(found, key=lambda result: (result["benchmark"], result["step"]))
+        return sorted(found, key=lambda one: (one["benchmark"], one["step"], one.get("replicate", 0)))
 
     def newest(self, prefix: str) -> tuple[str, dict[str, Any]] | None:
         """(file name, result) of the last step's `PREFIX-<step>.json`."""
@@ -66,14 +65,14 @@ def render_run(workdir: epath.PathLike, title: str, against: epath.PathLike = ""
     Raises:
         ValueError: there is no run, or it has logged nothing yet.
     """
-    run = _Stored(workdir)
-    reference = _Stored(against) if against else None
+    run = _Stored(workdir, "workdir")
+    reference = _Stored(against, "against") if against else None
     parts = {
         "Failure signatures": signatures_table(list(_signatures(run))),
         "Losses": _losses(run, reference),
         "Losses by source": _losses_by_source(run, reference),
         "Benchmarks": _benchmarks(run, reference),
-        "Cumulative error": _picture_of(run, ROLLOUT_ERROR, "Error of rollouts by position, free and teacher-forced"),
+        "Cumulative error": _picture_of(run, ROLLOUT_ERROR, "Error of rollouts by position (replicate 0)"),
         "Gradients and retention by layer": _picture_of(run, "layers", "Gradient conflict, retention, probes"),
         "Generations": _generations(run),
         "Data": _data(run),
@@ -107,13 +106,19 @@ def _signatures(run: _Stored) -> Iterator[Signature]:
         yield failure_signatures.of_rollouts(run.lines[-1]["objective"], result["growth"], result["horizon"][0], length)
     else:
         yield not_measured(failure_signatures.ACCUMULATION, "evaluate --rollout-judge=RUN")
-    newest = {result["benchmark"]: result["overall"]["accuracy"] for result in run.benchmarks()}
-    twins = [name for name in newest if f"{name}_heldout" in newest]
+    found = {_key(result): result["overall"]["accuracy"] for result in run.benchmarks()}
+    twins = [key for key in found if (f"{key[0]}_heldout", *key[1:]) in found]
     if twins:
-        heldout = f"{twins[0]}_heldout"
-        yield failure_signatures.of_kinds(twins[0], newest[twins[0]], heldout, newest[heldout])
+        name, *others = max(twins, key=lambda key: key[1])
+        heldout = f"{name}_heldout"
+        yield failure_signatures.of_kinds(name, found[name, *others], heldout, found[heldout, *others])
     else:
         yield not_measured(failure_signatures.GENERALISATION, "takes benchmarks NAME and NAME_heldout")
+
+
+def _key(result: Mapping[str, Any]) -> tuple[str, int, str, int]:
+    """What two results have to share to be twins: all but the benchmark's name."""
+    return result["benchmark"], result["step"], result["mode"], -result.get("replicate", 0)
 
 
 # ---------------------------------------------------------------- curves
@@ -165,27 +170,34 @@ def _points(lines: Sequence[Mapping[str, Any]], read: Callable[..., Any]) -> lis
 
 
 def _curves(title: str, curves: Mapping[str, Sequence[tuple[int, float]]], description: str) -> str:
-    figure, axes = new_figure(3.8, 2.6)
-    for (name, points), style in zip(curves.items(), itertools.cycle(("-", "--")), strict=False):
+    is_crowded = len(curves) > 4
+    figure, axes = new_figure(*((7.6, 1.2 + 0.17 * max(len(curves), 10)) if is_crowded else (3.8, 2.6)))
+    for number, (name, points) in enumerate(curves.items()):
         if points:
+            style = ("-", "--", ":", "-.")[number // 10 % 4]  # colours repeat after ten
             steps, values = zip(*points, strict=True)
             axes.plot(steps, values, style, label=name, linewidth=1.2, marker="." if len(points) < 9 else "")
     axes.set_title(title, fontsize=9)
     axes.set_xlabel("step", fontsize=8)
     axes.tick_params(labelsize=7)
-    if len(curves) > 1:
+    if is_crowded:
+        figure.legend(frameon=False, fontsize=7, loc="outside right upper")
+    elif len(curves) > 1:
         axes.legend(frameon=False, fontsize=7)
     return image_of(figure, description)
 
 
-def curves_of_sweep(workdir: epath.PathLike) -> str:
+def curves_of_sweep(workdir: epath.PathLike, names: Collection[str]) -> str:
     """Losses of all arms over the steps, a figure for each loss and source, HTML; means over an arm's runs.
 
-    Of a sweep whose runs are no longer there, nothing.
+    Args:
+        workdir: of the sweep; if its runs are no longer there, nothing is drawn.
+        names: of the runs that count, `ARM-SEED-HASH`: those of an earlier plan may lie beside them.
     """
     by_arm: dict[str, list[list[dict[str, Any]]]] = {}
     for folder in list_folder(to_path(workdir) / "runs"):
-        lines = read_metrics(folder) if (folder / METRICS_NAME).exists() else []
+        is_meant = folder.name in names and (folder / METRICS_NAME).exists()
+        lines = read_metrics(folder) if is_meant else []
         if lines:
             by_arm.setdefault(folder.name.rsplit("-", 2)[0], []).append(lines)
     runs = [lines for of_arm in by_arm.values() for lines in of_arm]
@@ -218,11 +230,12 @@ def _benchmarks(run: _Stored, reference: _Stored | None) -> str:
         for result in stored.benchmarks() if stored else ():
             overall = result["overall"]
             rows.append((
-                result["benchmark"], which, str(result["step"]), result["mode"], f"{overall['accuracy']:.3f}",
+                result["benchmark"], which, str(result["step"]), str(result.get("replicate", 0)), result["mode"],
+                f"{overall['accuracy']:.3f}",
                 f"{1.96 * overall['standard_error']:.3f}", _number(overall.get("chance"), ".3f"),
                 _number(overall.get("answer_nll_per_token"), ".4f"),
             ))  # fmt: skip
-    header = ("benchmark", "run", "step", "mode", "accuracy", "± 95%", "chance", "NLL per answer token")
+    header = ("benchmark", "run", "step", "replicate", "mode", "accuracy", "± 95%", "chance", "NLL per answer token")
     return table("All that was evaluated", header, rows) if rows else ""
 
 

@@ -107,12 +107,35 @@ def _result(one: Planned, folder: Path, name: str, replicate: int) -> Path:
 
 
 def write_table(planned: Sequence[Planned], workdir: Path) -> None:
-    """A row for each metric of each finished run, in the plan's order."""
+    """A row for each metric of each finished run, in the plan's order.
+
+    Raises:
+        ValueError: rollouts were judged by different judges, whose figures cannot be compared.
+    """
     rows = [row for one in planned for row in measured(one, workdir / "runs" / one.name)]
+    _check_one_judge(planned, workdir)
     path = workdir / RESULTS
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), temporary)
     temporary.replace(path)
+
+
+def run_names(table: Path) -> set[str]:
+    """Folders under runs/ of which a table holds figures."""
+    return set(pq.read_table(table, columns=["run"])["run"].to_pylist())
+
+
+def _check_one_judge(planned: Sequence[Planned], workdir: Path) -> None:
+    by_judge: dict[str, str] = {}
+    for one in planned:
+        folder = workdir / "runs" / one.name
+        if is_judged(one.config) and is_finished(one, folder):
+            for replicate in range(len(one.seeds)):
+                path = _result(one, folder, ROLLOUT_ERROR, replicate)
+                by_judge.setdefault(json.loads(path.read_text())["judge"], str(path))
+    if len(by_judge) > 1:
+        found = ", ".join(f"{path} by {judge}" for judge, path in by_judge.items())
+        raise ValueError(f"rollouts were judged by different judges: {found}; remove those files of one, and go on")
 
 
 def measured(one: Planned, folder: Path) -> Iterator[dict[str, Any]]:
@@ -120,9 +143,10 @@ def measured(one: Planned, folder: Path) -> Iterator[dict[str, Any]]:
 
     Of the last step, by benchmark: `accuracy`, `answer_nll` (nats per token of the right answers) and, with
     `eval.without_image`, `answer_nll_gain`: the same less what it is without the picture. `held_out/SOURCE/TERM`: means
-    on validation rows. `rollout_retrieval`; with a judge `rollout_error/free_running`, `/teacher_forced`, `/floor`,
-    `/gap`, `/growth`, `/horizon` and `/num_positions`, and `leak`. `collapsed`: whether it was by the alarms'
-    thresholds; `pflop` of the run; `parameters`: those that it trains.
+    on validation rows. `rollout_retrieval`, `rollout_alarm`; with a judge `rollout_error/free_running`,
+    `/teacher_forced`, `/floor`, `/gap`, `/growth`, `/horizon` and `/num_positions`, and `leak`. `collapsed`: whether
+    the encoder did by the alarms' thresholds (a bad rollout is an outcome, not a collapse); `pflop` of the run;
+    `parameters`: those that it trains.
     """
     if not is_finished(one, folder):
         return
@@ -149,8 +173,7 @@ def _values_of(one: Planned, folder: Path, line: Mapping[str, Any], replicate: i
     collapsed = has_collapsed(one.config.diagnostics, line["terms"], replicate if several else None)
     if draws_images(one.config):
         found = json.loads(_result(one, folder, ROLLOUT, replicate).read_text())
-        values["rollout_retrieval"] = found["retrieval"]
-        collapsed = collapsed or bool(found["alarms"])
+        values |= {"rollout_retrieval": found["retrieval"], "rollout_alarm": float(bool(found["alarms"]))}
     if is_judged(one.config):
         values |= _cumulative_error(json.loads(_result(one, folder, ROLLOUT_ERROR, replicate).read_text()))
     values["collapsed"] = float(collapsed)

@@ -118,7 +118,9 @@ def _planned(arm: str, values: Mapping[str, Any], overrides: Mapping[str, Any]) 
 
 def text_of(value: Any) -> str:
     """A value as a `--config.` flag has it."""
-    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    if not isinstance(value, (tuple, list)):
+        return str(value)
+    return ",".join(f"({text_of(one)})" if isinstance(one, (tuple, list)) else str(one) for one in value)
 
 
 def _checked(planned: list[Planned], flag: str) -> list[Planned]:

@@ -6,8 +6,9 @@ Expected: nothing is claimed beforehand; it was not run at the scenes scale yet.
 
 All arms predict the input embedding and take as many samples. `shareX`: X of questions and scenes to imagine are the
 latter. `imagine-first`, `read-first`: the shares of .5 as a ramp over the run. `all-kinds`: also texts that tell what
-is where, with their loss; `no-KIND`: the same without one of the three. Curated is `share0.5`, two kinds of clean
-pairs; heterogeneous is `all-kinds`. Scales: `smoke`, `scenes`, `accelerator`.
+is where, with their loss; `no-KIND`: the same without one of the three (without any to imagine it can but read, by
+`understanding`). The planner's windows are small enough for an order to show in the batches. Curated is `share0.5`, two
+kinds of clean pairs; heterogeneous is `all-kinds`. Scales: `smoke`, `scenes`, `accelerator`.
 """
 
 from collections.abc import Iterator
@@ -26,9 +27,11 @@ from experiments.sweeps.scales import (
 )
 
 __all__ = ["BASE", "PROTOCOL", "sweep"]
+SHARDS, WINDOWS_PER_SHARD = 8, 20
+"""Draws are shuffled within a window, so a run needs many of them for a course of its shares."""
 SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 KINDS = ("qa", "generation", "objects")
-UP, DOWN = "(0.0, 0.0),(1.0, 2.0)", "(0.0, 2.0),(1.0, 0.0)"
+UP, DOWN = ((0.0, 0.0), (1.0, 2.0)), ((0.0, 2.0), (1.0, 0.0))
 """Factors of a weight over the run; their mean is 1."""
 PROTOCOL = {
     "metric": METRIC,
@@ -47,7 +50,9 @@ PROTOCOL = {
 def sweep(scale: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Shares, orders and kinds, for each group of seeds in turn."""
     check_scale("mixture", scale, SEEDS)
-    common = {"objective": "semantic_input"} | schedule(STEPS[scale])
+    steps = STEPS[scale]
+    window = {"data.window_size": max(steps * SAMPLES_PER_STEP // (SHARDS * WINDOWS_PER_SHARD), 16)}
+    common = {"objective": "semantic_input"} | schedule(steps) | window
     for seeds in groups(SEEDS[scale]):
         for arm, own in _arms(STEPS[scale]):
             yield arm, common | seeds | own
@@ -65,4 +70,5 @@ def _arms(steps: int) -> Iterator[tuple[str, dict[str, Any]]]:
     told = {"data.sources.objects.text_loss": "stored"}
     yield "all-kinds", told
     for kind in KINDS:
-        yield f"no-{kind}", told | {f"data.sources.{kind}.weight": NEVER}
+        reads_only = {"objective": "understanding"} if kind == "generation" else {}
+        yield f"no-{kind}", told | {f"data.sources.{kind}.weight": NEVER} | reads_only

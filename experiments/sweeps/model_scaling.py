@@ -5,14 +5,14 @@ Command: `python -m unihetero_jax sweep --sweep=experiments/sweeps/model_scaling
 Expected: nothing is claimed beforehand; it was not run at the scenes scale yet.
 
 IsoFLOP curves (arXiv 2203.15556, approach 2): for each budget of training, decoders of several widths, each with as
-many steps as the budget allows and a complete schedule of its own. The page has the vertex of each curve. Scales:
-`smoke`, `scenes`, `accelerator`.
+many steps as the budget allows and a complete schedule of its own, all with one learning rate. The page has the vertex
+of each curve. Scales: `smoke`, `scenes`, `accelerator`.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.sweeps.scales import BASE, METRIC, SEEDS, check_scale, groups, schedule
+from experiments.sweeps.scales import BASE, METRIC, SEEDS, check_scale, groups, large_world, schedule
 from unihetero_jax.command_line import load_experiment, with_overrides
 from unihetero_jax.sweep_plan import run_flops, text_of
 
@@ -33,12 +33,13 @@ PROTOCOL: dict[str, Any] = {
 def sweep(scale: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Widths at every budget, for each group of seeds in turn."""
     check_scale("model_scaling", scale, SEEDS)
+    world = large_world() if scale == "accelerator" else {}
     for seeds in groups(SEEDS[scale]):
         for budget in BUDGETS[scale]:
             for width in WIDTHS:
                 for objective in OBJECTIVES:
                     own = _decoder(width) | {"objective": objective}
-                    yield f"{objective}@{budget}GFLOP-d{width}", schedule(_steps(own, budget)) | seeds | own
+                    yield f"{objective}@{budget}GFLOP-d{width}", world | schedule(_steps(own, budget)) | seeds | own
 
 
 def _decoder(width: int) -> dict[str, Any]:

@@ -5,9 +5,10 @@ after `python -m experiments.scene_encoder`.
 Expected: nothing is claimed beforehand; it was not run at the scenes scale yet.
 
 `unified` sees questions and scenes to imagine, as many of each. At equal inference cost, `reader` and `imaginer` are as
-large, and each sees its own kind alone for as many steps, which costs twice the training. At equal total, `-half` have
-one decoder layer of two. The verdicts are on reading; how well scenes are imagined stands beside them
-(`rollout_retrieval`). Scales: `smoke`, `scenes`, `accelerator`.
+large, and each sees its own kind alone for as many steps: together twice the training, and twice the questions. `-half`
+have one decoder layer of two, so that both together have as much of a decoder (encoders, projectors and embeddings are
+there twice). `understanding` has the questions of `unified` and no more. The verdicts are on reading; how well scenes
+are imagined stands beside them (`rollout_retrieval`). Scales: `smoke`, `scenes`, `accelerator`.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ IMAGINES = {"objective": "generation", "data.sources.qa.weight": NEVER}
 HALF = {"model.decoder.num_layers": 1}
 ARMS: dict[str, dict[str, Any]] = {
     "unified": {"objective": "semantic_input"},
+    "understanding": {"objective": "understanding"},
     "reader": READS,
     "imaginer": IMAGINES,
     "reader-half": READS | HALF,
@@ -33,7 +35,8 @@ PROTOCOL = {
     "matching": "none",
     "contrasts": {
         "one model reads better, at equal inference cost": ["unified", "reader"],
-        "one model reads better, at equal total": ["unified", "reader-half"],
+        "one model reads better than a reader with half of the decoder": ["unified", "reader-half"],
+        "one model reads better, from as many questions": ["unified", "understanding"],
     },
 }
 
