@@ -35,6 +35,16 @@ def test_the_table_holds(tmp_path, objective, changes):
         assert (norms[loss]["projector"] > 0) == (through_inputs and not config.loss.cut_input_gradient)
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_table_holds_where_one_source_of_two_predicts_images_that_are_read(tmp_path, cut):
+    """With the cut, text teaches the encoder by the other source's images alone; it failed on the twin before."""
+    common = {"weight": 1.0, "augment": "none"}
+    sources = {"images": {"path": "a", "visual_loss": "all"} | common, "pairs": {"path": "b"} | common}
+    config = make_tiny_config(loss__cut_input_gradient=cut, data__sources=sources)
+    norms = gradient_table.prove(config, step.loss_terms, tmp_path, report=lambda _: None)
+    assert norms["text"]["encoder"] > 0 and (norms["visual"]["encoder"] > 0) != cut
+
+
 @pytest.mark.parametrize(
     ("objective", "changes"),
     [

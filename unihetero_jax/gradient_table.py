@@ -135,8 +135,13 @@ def format_table(config: Config, norms: Mapping[str, Mapping[str, float]]) -> st
 
 
 def _twin_batch(config: Config) -> Batch:
-    """One row: `text text boi v v eoi` (generated image), then `boi v v eoi text text` (an image that is read)."""
-    also_read = any(visual_loss_of(config, name) == "all" for name in config.data.sources)
+    """One row: `text text boi v v eoi` (generated image), then `boi v v eoi text text` (an image that is read).
+
+    The read one carries the visual loss where a source's read images do. With `cut_input_gradient` it stands for the
+    others, of which there have to be some (`config_rules.py`): by them alone text teaches the encoder.
+    """
+    is_read_image_predicted = any(visual_loss_of(config, name) == "all" for name in config.data.sources)
+    also_read = is_read_image_predicted and not config.loss.cut_input_gradient
     visual = np.array([[0, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0]], bool)
     carries = np.array([[0, 0, 0, 1, 1, 0, 0, also_read, also_read, 0, 0, 0]], bool)
     boi = np.array([[0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0]])
