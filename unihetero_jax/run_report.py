@@ -106,19 +106,23 @@ def _signatures(run: _Stored) -> Iterator[Signature]:
         yield failure_signatures.of_rollouts(run.lines[-1]["objective"], result["growth"], result["horizon"][0], length)
     else:
         yield not_measured(failure_signatures.ACCUMULATION, "evaluate --rollout-judge=RUN")
-    found = {_key(result): result["overall"]["accuracy"] for result in run.benchmarks()}
-    twins = [key for key in found if (f"{key[0]}_heldout", *key[1:]) in found]
-    if twins:
-        name, *others = max(twins, key=lambda key: key[1])
-        heldout = f"{name}_heldout"
-        yield failure_signatures.of_kinds(name, found[name, *others], heldout, found[heldout, *others])
+    if twins := _newest_twins(run.benchmarks()):
+        yield failure_signatures.of_kinds(*twins)
     else:
         yield not_measured(failure_signatures.GENERALISATION, "takes benchmarks NAME and NAME_heldout")
 
 
-def _key(result: Mapping[str, Any]) -> tuple[str, int, str, int]:
-    """What two results have to share to be twins: all but the benchmark's name."""
-    return result["benchmark"], result["step"], result["mode"], -result.get("replicate", 0)
+def _newest_twins(results: Sequence[Mapping[str, Any]]) -> tuple[str, float, str, float] | None:
+    """Benchmark, accuracy, its held-out twin, that one's accuracy: of one step, mode and replicate."""
+    by_occasion: dict[tuple[int, int, str], dict[str, float]] = {}
+    for one in results:
+        occasion = one["step"], -one.get("replicate", 0), one["mode"]
+        by_occasion.setdefault(occasion, {})[one["benchmark"]] = one["overall"]["accuracy"]
+    for _, found in sorted(by_occasion.items(), reverse=True):
+        for name in found:
+            if (heldout := f"{name}_heldout") in found:
+                return name, found[name], heldout, found[heldout]
+    return None
 
 
 # ---------------------------------------------------------------- curves
