@@ -236,6 +236,19 @@ def test_a_run_is_finished_when_its_rollouts_are_measured_too(tmp_path, monkeypa
     assert sweep.is_finished(plain[0], tmp_path), "what draws nothing has nothing to judge"
 
 
+def test_figures_of_two_judges_make_no_table(tmp_path, monkeypatch):
+    planned = sweep_plan.plan_product("experiments/quickstart.py", ["seed=0,1", "eval.rollout_judge=x"])
+    monkeypatch.setattr(sweep, "is_finished", lambda *_: True)
+    paths = [sweep._result(one, tmp_path / "runs" / one.name, sweep.ROLLOUT_ERROR, 0) for one in planned]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_text('{"judge": "a"}')
+    sweep._check_one_judge(planned, tmp_path)
+    paths[1].write_text('{"judge": "b"}')
+    with pytest.raises(ValueError, match=r"different judges: \S+-0-\S+ by a, \S+-1-\S+ by b; remove those files"):
+        sweep._check_one_judge(planned, tmp_path)
+
+
 @pytest.mark.slow
 def test_replicates_fill_the_table_like_runs_of_their_own(sweep_file, tiny_world, tiny_experiment, tmp_path):
     """Seeds 3 and 4 in one step, and as two runs; the table has the same rows, to rounding."""

@@ -5,7 +5,7 @@ Whatever comes from data is escaped (`escaped`), and a page forbids the browser 
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def escaped(text: object) -> str:
@@ -26,6 +26,12 @@ def page(title: str, body: str) -> str:
 
 def section(title: str, anchor: str, content: str) -> str:
     return f'<section id="{anchor}"><h2>{escaped(title)}</h2>\n{content}</section>'
+
+
+def definitions(rows: Mapping[str, object]) -> str:
+    """Names and what they stand for; those that stand for an empty text are left out."""
+    lines = (f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in rows.items() if value != "")
+    return f"<dl>{''.join(lines)}</dl>"
 
 
 def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], html_cells: bool = False) -> str:

@@ -25,7 +25,7 @@ from unihetero_jax.claims import (
 )
 from unihetero_jax.failure_signatures import Signature, not_measured, signatures_table
 from unihetero_jax.figures import image_of, new_figure
-from unihetero_jax.html_page import escaped, page, section, table
+from unihetero_jax.html_page import definitions, escaped, page, section, table
 
 SIZE_MARK = "@"
 """Between an arm and the number of pairs that it saw: `semantic_input@4096`."""
@@ -111,7 +111,7 @@ def _facts(registered: Registered, findings: Sequence[Finding]) -> str:
         else "",
         "Commit": about.get("commit", ""),
     }
-    return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escaped(text)}</dd>" for name, text in rows.items() if text) + "</dl>"
+    return definitions(rows)
 
 
 # ---------------------------------------------------------------- verdicts

@@ -18,7 +18,7 @@ from unihetero_jax.config_reading import differences
 from unihetero_jax.evaluate_run import ROLLOUT_ERROR
 from unihetero_jax.failure_signatures import Signature, not_measured, signatures_table
 from unihetero_jax.figures import image_of, image_of_png, new_figure
-from unihetero_jax.html_page import escaped, page, section, table
+from unihetero_jax.html_page import definitions, escaped, page, section, table
 from unihetero_jax.metrics import METRICS_NAME, read_metrics
 from unihetero_jax.storage import list_folder, read_bytes, to_path
 
@@ -91,7 +91,7 @@ def _facts(run: _Stored, reference: _Stored | None) -> str:
         f"{run.config['train']['num_steps']:,}", "Seed": run.config["seed"], "Configuration": last["config_hash"],
         "Skipped steps": last.get("skipped_steps", 0), "Against": reference.workdir if reference else "",
     }  # fmt: skip
-    return "<dl>" + "".join(f"<dt>{k}</dt><dd>{escaped(v)}</dd>" for k, v in rows.items() if v != "") + "</dl>"
+    return definitions(rows)
 
 
 # ---------------------------------------------------------------- failure signatures

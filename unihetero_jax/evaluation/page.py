@@ -18,7 +18,7 @@ from PIL import Image
 from unihetero_jax.evaluation.benchmarks import Item, read_benchmark
 from unihetero_jax.evaluation.comparison import read_results
 from unihetero_jax.evaluation.runner import SHOWS_OPTIONS, notes_of, stem_of
-from unihetero_jax.html_page import escaped, page, section, table
+from unihetero_jax.html_page import definitions, escaped, page, section, table
 from unihetero_jax.storage import list_folder, read_bytes, to_path
 from unihetero_jax.workdir import write_atomically
 
@@ -81,8 +81,7 @@ def _facts(result: Mapping[str, Any]) -> str:
         "scorer": result.get("rule", result["scorer"]), "prompt": result["prompt_template"],
         "image transform": result["image_transform"],
     }  # fmt: skip
-    lines = (f"<dt>{escaped(key)}</dt><dd>{escaped(value)}</dd>" for key, value in facts.items())
-    return f"<dl>{''.join(lines)}</dl>"
+    return definitions(facts)
 
 
 def _bars(result: Mapping[str, Any]) -> str:
