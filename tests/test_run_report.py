@@ -96,7 +96,7 @@ def test_curves_of_a_sweep_are_means_over_the_runs_of_an_arm(tmp_path, monkeypat
     path.write_text(json.dumps(lines[0]) + "\n")
     drawn = {}
     monkeypatch.setattr(run_report, "_curves", lambda title, curves, _: drawn.setdefault(title, curves) and "")
-    write_run(tmp_path / "runs" / "c-0-stale")
+    write_run(tmp_path / "runs" / "c-0-stale", steps=(10,))
     names = {"a-b-0-abc", "a-b-1-abc", "c-0-abc"}
     run_report.curves_of_sweep(tmp_path, names)
     assert drawn == {"text": {"a-b": [(10, 4.5)], "c": [(10, 4.0), (20, 3.0)]}}
